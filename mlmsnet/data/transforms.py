@@ -51,7 +51,7 @@ def _check_colour(mean, std):
     if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise ConfigError(f"mean {mean} and std {std}: three numbers each, on a scale of 0..1 (divide by 255)")
 
-# %% ../../nbs/data/transforms.ipynb #9f2e858b
+# %% ../../nbs/data/transforms.ipynb #3f3d3821
 @dataclass(frozen=True)
 class Draw:
     "One outcome of the random choices"
@@ -69,8 +69,8 @@ def draw_augment(
     rng: np.random.Generator,  # Always advanced by twelve numbers
 ) -> Draw:
     "Draw the random choices of one training sample"
-    u = rng.random(12)
-    c = cfg.photometric * (2 * u[8:12] - 1)
+    u = rng.random(12).tolist()
+    c = [cfg.photometric * (2 * v - 1) for v in u[8:12]]
     return Draw(
         scale=cfg.scale_min + (cfg.scale_max - cfg.scale_min) * u[0],
         angle=cfg.rotate * (2 * u[2] - 1) if u[1] < cfg.rotate_p else 0.0,
