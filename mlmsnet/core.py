@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MlmsError', 'ConfigError', 'DataError', 'CheckpointError', 'nearest', 'unknown', 'Registry', 'seed_everything',
            'rng_for', 'scale', 'at_scale', 'get_device', 'atomic_write', 'save_json', 'load_json', 'save_checkpoint',
-           'load_checkpoint']
+           'load_checkpoint', 'keep_freed_memory']
 
 # %% ../nbs/core.ipynb #bb6af1f9
 import contextlib
@@ -208,3 +208,15 @@ def load_checkpoint(path, map_location="cpu") -> dict:
         why = ("holds a pickled object that could run code; only tensors, numbers, strings and containers of them are read"
                if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e) else "is not a readable checkpoint (cut short?)")
         raise CheckpointError(f"{path}: {why}. Save its state_dict again with torch.save(model.state_dict(), ...)") from e
+
+# %% ../nbs/core.ipynb #61bc4ee1
+def keep_freed_memory() -> bool:
+    "Ask glibc to keep freed memory for the next allocation (faster CPU training, higher peak memory); False where that is not possible"
+    import ctypes
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold, mmap_max, never = -1, -3, -4, 2**31 - 1
+    # M_MMAP_THRESHOLD has an upper bound that depends on the word size; M_MMAP_MAX = 0 has the same effect without one
+    return bool(mallopt(trim_threshold, never) and mallopt(mmap_max, 0) and mallopt(mmap_threshold, 2**25) in (0, 1))
