@@ -6,7 +6,7 @@
 __all__ = ['MOBILENETV3_ROWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'BACKBONES', 'Row', 'Backbone', 'MobileNetV3',
            'MobileNetV3Classifier', 'TorchvisionBackbone', 'TimmBackbone', 'create_backbone']
 
-# %% ../../nbs/networks/backbones.ipynb #26a87018
+# %% ../../nbs/networks/backbones.ipynb #35ae2a3b
 import importlib
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import ConfigError, Registry, load_checkpoint, unknown
+from ..core import CheckpointError, ConfigError, Registry, load_checkpoint, nearest, unknown
 from .layers import ConvNormAct, Hardswish, InvertedResidual, SameConv2d, cure_batchnorm, make_divisible
 
 # %% ../../nbs/networks/backbones.ipynb #875ecdc4
@@ -120,7 +120,37 @@ def _strides_and_dilations(rows, output_stride, dilate):
             plan[i] = (plan[i][0], [(s, d) for s, _ in plan[i][1]])
     return plan
 
-# %% ../../nbs/networks/backbones.ipynb #0c52958b
+# %% ../../nbs/networks/backbones.ipynb #2add89fd
+def _check(arch, width_mult, output_stride):
+    if arch not in MOBILENETV3_ROWS:
+        raise ConfigError(unknown("MobileNetV3 arch", arch, MOBILENETV3_ROWS))
+    if output_stride not in (8, 16, 32):
+        raise ConfigError(f"output_stride is {output_stride!r}; it can be 8, 16 or 32")
+    if not 0 < width_mult <= 4:
+        raise ConfigError(f"width_mult is {width_mult!r}; it must be above 0 and at most 4 (published weights have 1.0 and 0.75)")
+
+
+def _widths(chs, rows, width_mult):
+    "The channels that come into each row"
+    return [chs, *(make_divisible(row.out * width_mult) for row in rows[:-1])]
+
+
+def _make_block(in_chs, row, width_mult, stride, dilation, se_after_act, eps):
+    hidden, out = make_divisible(in_chs * row.expand), make_divisible(row.out * width_mult)
+    return InvertedResidual(in_chs, hidden, out, row.kernel, stride, dilation, row.se, row.act, se_after_act, eps)
+
+
+def _init_weights(module):
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, 0, 0.01)
+            nn.init.zeros_(m.bias)
+
+# %% ../../nbs/networks/backbones.ipynb #76788d0d
 class MobileNetV3(Backbone):
     "MobileNetV3 (Howard et al. 2019) in the segmentation form of MLMSNet: the maps of its third, fourth and fifth layer"
 
@@ -135,28 +165,19 @@ class MobileNetV3(Backbone):
         bn_eps: float | None = None,  # None follows `se_after_act`
     ):
         super().__init__()
-        if arch not in MOBILENETV3_ROWS:
-            raise ConfigError(unknown("MobileNetV3 arch", arch, MOBILENETV3_ROWS))
-        if output_stride not in (8, 16, 32):
-            raise ConfigError(f"output_stride is {output_stride!r}; it can be 8, 16 or 32")
-        if not 0 < width_mult <= 4:
-            raise ConfigError(f"width_mult is {width_mult!r}; it must be above 0 and at most 4 (published weights have 1.0 and 0.75)")
+        _check(arch, width_mult, output_stride)
         self.name, self.arch, self.se_after_act = f"mobilenetv3_{arch}", arch, se_after_act
         eps = bn_eps if bn_eps is not None else 1e-3 if se_after_act else 1e-5
         chs = make_divisible(16 * width_mult)
-        self.stem = ConvNormAct(3, chs, stride=2, act="hswish", bn_eps=eps)
-        self.stages, outs, strides = nn.ModuleList(), [], []
-        for rows, (stride_here, plan) in zip(MOBILENETV3_ROWS[arch], _strides_and_dilations(MOBILENETV3_ROWS[arch], output_stride, dilate)):
-            blocks = []
-            for row, (stride, dilation) in zip(rows, plan):
-                self.last_hidden = make_divisible(chs * row.expand)
-                out = make_divisible(row.out * width_mult)
-                blocks.append(InvertedResidual(chs, self.last_hidden, out, row.kernel, stride, dilation, row.se, row.act, se_after_act, eps))
-                chs = out
+        self.stem, self.stages = ConvNormAct(3, chs, stride=2, act="hswish", bn_eps=eps), nn.ModuleList()
+        rows, self.channels, self.strides = MOBILENETV3_ROWS[arch], [], []
+        for stage, (stride, plan) in zip(rows, _strides_and_dilations(rows, output_stride, dilate)):
+            blocks = [_make_block(c, row, width_mult, *how, se_after_act, eps) for c, row, how in zip(_widths(chs, stage, width_mult), stage, plan)]
             self.stages.append(nn.Sequential(*blocks))
-            outs.append(chs)
-            strides.append(stride_here)
-        self.channels, self.strides = outs[1:], strides[1:]
+            chs = blocks[-1].project.conv.out_channels
+            self.channels.append(chs)
+            self.strides.append(stride)
+        self.channels, self.strides = self.channels[1:], self.strides[1:]  # of the third, fourth and fifth layer
         self.set_padding(padding)
         _init_weights(self)
 
@@ -176,18 +197,7 @@ class MobileNetV3(Backbone):
             maps.append(x)
         return maps[1:]
 
-
-def _init_weights(module):
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out")
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Linear):
-            nn.init.normal_(m.weight, 0, 0.01)
-            nn.init.zeros_(m.bias)
-
-# %% ../../nbs/networks/backbones.ipynb #6dce5de3
+# %% ../../nbs/networks/backbones.ipynb #007e316b
 class MobileNetV3Classifier(nn.Module):
     "A MobileNetV3 backbone with its ImageNet head: N 3 H W -> N num_classes"
 
@@ -201,7 +211,7 @@ class MobileNetV3Classifier(nn.Module):
         super().__init__()
         self.backbone = MobileNetV3(arch, **{"output_stride": 32, **kw})
         self.num_classes = num_classes
-        hidden, width = self.backbone.last_hidden, kw.get("width_mult", 1.0)
+        hidden, width = self.backbone.stages[-1][-1].depthwise.conv.out_channels, kw.get("width_mult", 1.0)
         last = {"large": 1280, "small": 1024}[arch]
         last = make_divisible(last * width) if width > 1 else last
         self.conv = ConvNormAct(self.backbone.channels[-1], hidden, 1, act="hswish", bn_eps=self.backbone.stem.norm.eps)
@@ -213,37 +223,43 @@ class MobileNetV3Classifier(nn.Module):
         x = self.conv(self.backbone.features(x)[-1])
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))  # N C H W -> N C -> N num_classes
 
-# %% ../../nbs/networks/backbones.ipynb #88942946
-def _probe_stages(net: nn.Module) -> dict[int, tuple[str, int]]:
+# %% ../../nbs/networks/backbones.ipynb #1b5fcc60
+def _probe_stages(net: nn.Module, size: int = 128) -> dict[int, tuple[str, int]]:
     "stride -> (name of the last stage with that stride, its channels), found by running a small image through `net`"
-    seen, size = {}, 128
-    roots = {"": net} | {f"{n}.": m for n, m in net.named_children() if n in ("features", "layers", "trunk_output")}
-    stages = {p + n: m for p, root in roots.items() for n, m in root.named_children() if p + n + "." not in roots}
+    found, widened = {}, None
+    roots = {n: m for n, m in net.named_children() if n in ("features", "layers", "trunk_output")}
+    stages = {n: m for n, m in net.named_children() if n not in roots}
+    stages |= {f"{r}.{n}": m for r, root in roots.items() for n, m in root.named_children()}
 
-    def note(name):
-        def hook(module, args, out):
-            if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[-1] > 1 and size % out.shape[-1] == 0 and not _is_pointwise(module):
-                seen[size // out.shape[-1]] = (name, out.shape[1])
-        return hook
+    def note(name, module, out):
+        nonlocal widened
+        if not isinstance(out, torch.Tensor) or out.ndim != 4 or out.shape[-1] < 2 or size % out.shape[-1]:
+            return
+        # a 1×1 layer with its norm and activation widens for the classifier; segmentation does without
+        widened = out.shape[1] if _is_pointwise(module) else widened if out.shape[1] == widened else None
+        if widened is None:
+            found[size // out.shape[-1]] = (name, out.shape[1])
 
-    hooks = [m.register_forward_hook(note(n)) for n, m in stages.items()]
+    hooks = [m.register_forward_hook(lambda m, _, out, n=n: note(n, m, out)) for n, m in stages.items()]
     was_training = net.training
-    with torch.no_grad():
-        net.eval()(torch.zeros(1, 3, size, size))
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError):
+        found = {}  # a transformer for one image size only
     net.train(was_training)
     for h in hooks:
         h.remove()
-    return seen
+    return {s: found[s] for s in sorted(found)}
 
 
 def _is_pointwise(module) -> bool:
-    "Only 1×1 convolutions: the widening before a classifier, which segmentation does without"
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     return bool(convs) and all(c.kernel_size == (1, 1) for c in convs)
 
-# %% ../../nbs/networks/backbones.ipynb #e560ca3e
+# %% ../../nbs/networks/backbones.ipynb #281a2c09
 class TorchvisionBackbone(Backbone):
-    "Any convolutional classifier of torchvision, cut at the last maps of stride 8, 16 and 32"
+    "Any convolutional classifier of torchvision, cut at its last maps of stride 8, 16 and 32"
 
     def __init__(
         self,
@@ -254,28 +270,34 @@ class TorchvisionBackbone(Backbone):
         models = importlib.import_module("torchvision.models")
         known = models.list_models(module=models)
         if name not in known:
-            raise ConfigError(unknown("torchvision network", name, known))
+            raise ConfigError(_not_there("torchvision", name, known, "torchvision.models.list_models()"))
         is_file = weights is not None and not str(weights).isidentifier()
-        net = models.get_model(name, weights=None if is_file else weights, **({"init_weights": True} if name in ("googlenet", "inception_v3") else {}))
+        net = models.get_model(name, weights=None if is_file else weights)
         if is_file:
-            _strict_load(net, load_checkpoint(weights), weights)
-        stages = {s: v for s, v in sorted(_probe_stages(net).items()) if s in (8, 16, 32)}
+            _load_file(net, weights)
+        stages = {s: v for s, v in _probe_stages(net).items() if s in (8, 16, 32)}
         if len(stages) < 2:
-            raise ConfigError(f"torchvision network {name!r} gives no maps N C H W at strides 8, 16, 32; take a convolutional one, for example resnet18")
+            raise ConfigError(f"torchvision network {name!r} has no maps N C H W at strides 8, 16, 32; take a convolutional one, for example resnet18")
         self.name, self.strides, self.channels = f"torchvision/{name}", list(stages), [c for _, c in stages.values()]
-        extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
-        self.net = cure_batchnorm(extract(net, {node: str(stride) for stride, (node, _) in stages.items()}))
+        cut = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
+        self.net = cure_batchnorm(cut(net, {node: str(s) for s, (node, _) in stages.items()}, suppress_diff_warning=True))
 
     def features(self, x):
         return list(self.net(x).values())
 
 
-def _strict_load(net, state, what):
-    missing, unexpected = net.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ConfigError(f"{what}: not the weights of this network; missing {missing[:3]}, unexpected {unexpected[:3]}")
+def _not_there(library, name, known, how):
+    close = nearest(name, known)
+    return f"{library} has no network {name!r}.{' Did you mean ' + ' or '.join(close) + '?' if close else ''} All names: {how}"
 
-# %% ../../nbs/networks/backbones.ipynb #ed02b6d6
+
+def _load_file(net, path):
+    try:
+        net.load_state_dict(load_checkpoint(path))
+    except RuntimeError as e:
+        raise CheckpointError(f"{path}: made for another network ({' '.join(str(e).split())[:300]} …)") from None
+
+# %% ../../nbs/networks/backbones.ipynb #744c4a25
 class TimmBackbone(Backbone):
     "Any timm network that has `features_only`; timm is optional"
 
@@ -291,7 +313,7 @@ class TimmBackbone(Backbone):
         except ImportError:
             raise ConfigError(f"backbone 'timm/{name}' needs timm, which is not installed; run `pip install timm`") from None
         if name.split(".")[0] not in timm.list_models():
-            raise ConfigError(unknown("timm network", name, timm.list_models()))
+            raise ConfigError(_not_there("timm", name, timm.list_models(), "timm.list_models()"))
         net = timm.create_model(name, pretrained=pretrained, features_only=True, **kw)
         info = list(zip(net.feature_info.reduction(), net.feature_info.channels()))
         self.keep = [i for i, (s, _) in enumerate(info) if s >= 8][-3:]

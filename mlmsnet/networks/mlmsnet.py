@@ -67,7 +67,7 @@ class SegModel(nn.Module):
         "The standard deviation (RGB, 0..1) that images are to be normalised with"
         return tuple(self.backbone.std)
 
-# %% ../../nbs/networks/mlmsnet.ipynb #ce7623b8
+# %% ../../nbs/networks/mlmsnet.ipynb #bd94a86d
 class MLMSNet(SegModel):
     "MLMSNet, versions 1 and 2, on any backbone that follows the contract"
 
@@ -84,6 +84,8 @@ class MLMSNet(SegModel):
         aux: bool | None = None,  # Auxiliary head? None: in version 1 only, as in the original
     ):
         super().__init__(backbone, num_classes, version == 1 if aux is None else aux, dropout)
+        if not dilations or any(int(d) != d or d < 1 for d in dilations):
+            raise ConfigError(f"dilations are {dilations!r}; they must be whole numbers ≥ 1, for example (6, 12, 18)")
         up = 2 if wide else 1
         outs = [c * up for c in self.channels] if msf else self.channels
         self.msf = nn.ModuleList(MSF(c, o, tuple(dilations), version) for c, o in zip(self.channels, outs)) if msf else None

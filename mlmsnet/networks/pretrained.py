@@ -6,7 +6,7 @@
 __all__ = ['LOADERS', 'read_state', 'load_strict', 'block_part', 'stage_and_block', 'rename_mobilenetv3_pytorch',
            'rename_torchvision', 'Recipe', 'recipe_of', 'load_torchvision', 'load_mobilenetv3_pytorch', 'family_of']
 
-# %% ../../nbs/networks/pretrained.ipynb #4d4b94f6
+# %% ../../nbs/networks/pretrained.ipynb #0c27e1bc
 import hashlib
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core import CheckpointError, load_checkpoint
-from .backbones import IMAGENET_MEAN, IMAGENET_STD, MobileNetV3
+from .backbones import IMAGENET_MEAN, IMAGENET_STD, MobileNetV3, MobileNetV3Classifier
 
 # %% ../../nbs/networks/pretrained.ipynb #b06ab4ac
 def read_state(
@@ -84,7 +84,7 @@ def stage_and_block(
         n -= len(stage)
     return None
 
-# %% ../../nbs/networks/pretrained.ipynb #05038ba1
+# %% ../../nbs/networks/pretrained.ipynb #423466c3
 _STEM = {"0": "stem.conv", "1": "stem.norm"}
 _LAST = {"0": "conv.conv", "1": "conv.norm"}
 
@@ -121,14 +121,14 @@ def rename_torchvision(
         if where is None:
             return None
         block = backbone.stages[where[0]][where[1]]
-        parts = ["expand"] * isinstance(block.expand, nn.Module) * (not isinstance(block.expand, nn.Identity)) + ["depthwise"]
-        parts += ["se"] * (block.se is not None) + ["project"]
+        has = {"expand": not isinstance(block.expand, nn.Identity), "depthwise": True, "se": block.se is not None, "project": True}
+        parts = [part for part, there in has.items() if there]  # torchvision leaves out what a block has not
         part = parts[int(m[2])] if int(m[2]) < len(parts) else None
         inner = _SE.get(m[3]) if part == "se" else {"0": "conv", "1": "norm"}.get(m[3])
         return part and inner and f"stages.{where[0]}.{where[1]}.{part}.{inner}.{m[4]}"
     return key if re.fullmatch(r"classifier\.[03]\.\w+", key) else None
 
-# %% ../../nbs/networks/pretrained.ipynb #88880901
+# %% ../../nbs/networks/pretrained.ipynb #212d8936
 @dataclass(frozen=True)
 class Recipe:
     "How images were prepared when the weights were made"
@@ -138,7 +138,10 @@ class Recipe:
 
 
 # first 16 digits of the SHA-256 of the stem's weights in float16 -> recipe; files that are not here have the usual one
-_RECIPES = {}
+_RECIPES = {
+    # MobileNetV3-Small from Google's TFLite file: inputs in -1..1, TensorFlow padding
+    "cdcbd6eb0a611729": Recipe(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), padding="same_tf"),
+}
 
 
 def recipe_of(state: dict) -> Recipe:
@@ -150,21 +153,18 @@ def recipe_of(state: dict) -> Recipe:
 def _fingerprint(x: torch.Tensor) -> str:
     return hashlib.sha256(x.detach().cpu().half().contiguous().numpy().tobytes()).hexdigest()[:16]
 
-# %% ../../nbs/networks/pretrained.ipynb #6971d4ee
+# %% ../../nbs/networks/pretrained.ipynb #4de11213
 def _load(model, source, rename, recipe):
     state, what = read_state(source)
     backbone = getattr(model, "backbone", model)
     if not isinstance(backbone, MobileNetV3):
         raise CheckpointError(f"{what}: holds MobileNetV3 weights, but the backbone is {getattr(backbone, 'name', type(backbone).__name__)}")
-    prefix = "" if backbone is model else "backbone."
+    whole = isinstance(model, MobileNetV3Classifier)  # of a segmentation network only the backbone is loaded
     named = {k: rename(k, state, backbone) or f"?{k}" for k in state}
-    named = {k: prefix + n if n.startswith(("stem.", "stages.")) else n for k, n in named.items()}
-    target = model if hasattr(model, "classifier") or backbone is model else backbone
-    if target is backbone and prefix:
-        named = {k: n.removeprefix(prefix) for k, n in named.items()}
-    load_strict(target, {n: state[k].float() if state[k].is_floating_point() else state[k] for k, n in named.items()}, what,
+    if whole:
+        named = {k: f"backbone.{n}" if n.startswith(("stem.", "stages.")) else n for k, n in named.items()}
+    load_strict(model if whole else backbone, {n: state[k] for k, n in named.items()}, what,
                 optional=("conv.", "classifier."), names={n: k for k, n in named.items()})
-    recipe = recipe or recipe_of(state)
     backbone.mean, backbone.std = recipe.mean, recipe.std
     backbone.set_padding(recipe.padding)
     return model
@@ -178,7 +178,7 @@ def load_torchvision(
     """Load torchvision's MobileNetV3 weights, strictly; sets the backbone's `mean`, `std` and padding.
 
     The network should be built with `se_after_act=True`, torchvision's block order."""
-    return _load(model, source, rename_torchvision, recipe)
+    return _load(model, source, rename_torchvision, recipe or recipe_of(read_state(source)[0]))
 
 
 def load_mobilenetv3_pytorch(
