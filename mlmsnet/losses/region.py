@@ -16,7 +16,7 @@ from ..core import ConfigError
 from .contract import CLASS_WEIGHT, CLASSES, PER_IMAGE, Param, SegLoss, full_precision, register_loss
 from .pixel import strips
 
-# %% ../../nbs/losses/region.ipynb #21ded1d8
+# %% ../../nbs/losses/region.ipynb #33de104b
 class RegionSums(NamedTuple):
     "Sums over valid pixels, each N C (one row per image) or 1 C (whole batch); rows of tiles or processes may be added"
     tp: torch.Tensor  # Σ p_c over the pixels of class c
@@ -66,7 +66,7 @@ class _SoftmaxSums(torch.autograd.Function):
         grad = torch.empty_like(logits)
         with full_precision(logits):
             for i, r in strips(logits):
-                index, keep = y[i, r].unsqueeze(1), valid[i, r]
+                index = y[i, r].unsqueeze(1)
                 prob = F.softmax(logits[i, :, r], 1)
                 p_y = prob.gather(1, index)
                 up = g_p[i, :, None, None].expand_as(prob)  # dL/dp_c, except for the true class's own part:
@@ -78,7 +78,7 @@ class _SoftmaxSums(torch.autograd.Function):
                 out = prob * up  # softmax backwards: p (u - Σ p u)
                 mean = out.sum(1, keepdim=True) + own
                 out.addcmul_(prob, mean, value=-1).scatter_add_(1, index, own)
-                grad[i, :, r] = _mask(out, keep)
+                grad[i, :, r] = _mask(out, valid[i, r])
         return grad, None, None, None
 
 
