@@ -1,0 +1,45 @@
+# Each target first makes .venv, if it is not there or settings.ini is newer, and says so. Nothing but Python >= 3.10 is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test lab docs readme export bench clean
+
+help:
+	@echo "make demo     draw MiniCity, train MLMSNet with three losses, write runs/demo/report.html   (about 5 minutes on 2 cores)"
+	@echo "make lab      open the notebooks in JupyterLab"
+	@echo "make test     style, notebooks in step with the library, all notebooks, all tests"
+	@echo "make docs     build the docs site into _docs/"
+	@echo "make export   notebooks -> library, then clean the notebooks and write README.md"
+	@echo "make bench    all benchmarks, quick"
+
+$(READY): settings.ini setup.py tools/environment.py
+	@$(PYTHON) tools/environment.py
+
+demo: $(READY)
+	@$(BIN)/mlmsnet demo
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+test: $(READY)
+	@$(BIN)/ruff check mlmsnet nbs tests tools benchmarks setup.py
+	@$(BIN)/python tools/check_sync.py
+	@$(BIN)/python -m pytest tests
+
+docs: $(READY)
+	@$(BIN)/python tools/docs.py site
+
+readme: $(READY)
+	@$(BIN)/python tools/docs.py readme
+
+export: $(READY)
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python tools/docs.py readme
+
+bench: $(READY)
+	@for b in augmentation confusion sliding networks minicity; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done
+
+clean:
+	rm -rf _proc _docs build *.egg-info .pytest_cache .ruff_cache
