@@ -1,7 +1,8 @@
 """Training augmentation of an already decoded 2048x1024 frame into a 713x713 crop: one warp against the sequential chain.
 
-The peer is the usual chain in OpenCV float32, step by step on the whole frame: resize by 0.5-2, rotate by +-10 degrees (half of the time),
-5x5 Gaussian blur (half of the time), flip (half of the time), pad and crop, to a tensor, normalise. Both get the same draws, both run on one thread.
+The peer is the usual chain in OpenCV float32, step by step on the whole frame: resize by 0.5-2, rotate by +-10 degrees (half of
+the time), 5x5 Gaussian blur (half of the time), flip (half of the time), pad and crop, to a tensor, normalise. Both get the same
+draws, both run on one thread.
 
     python benchmarks/augmentation.py [--quick] [--json OUT]
 """
@@ -82,7 +83,8 @@ def main():
 
     seconds = timed({"sequential": sequential, "one warp": one_warp}, repeats=3 if args.quick else 5)
     ratio = seconds["sequential"] / seconds["one warp"]
-    rows = [{"augmentation": name, "ms per frame": 1000 * s / len(draws), "times faster": seconds["sequential"] / s} for name, s in seconds.items()]
+    rows = [{"augmentation": name, "ms per frame": 1000 * s / len(draws), "times faster": seconds["sequential"] / s}
+            for name, s in seconds.items()]
     table(rows)
     print(f"one warp is {ratio:.1f} times as fast as the chain ({len(draws)} draws, one thread; target {TARGET:g}): "
           f"{'met' if ratio >= TARGET else 'MISSED'}")

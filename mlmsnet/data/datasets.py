@@ -138,7 +138,7 @@ def check_label(
     raise DataError(f"{path}: label value {shown} ({counts.sum() / mask.size:.1%} of the pixels) does not exist with "
                     f"{num_classes} classes: {_likely_cause(bad, num_classes, table_name)}")
 
-# %% ../../nbs/data/datasets.ipynb #c3cd5197
+# %% ../../nbs/data/datasets.ipynb #3c6cf80c
 class SegmentationDataset:
     "Images and label maps on disk: `dataset[i]` is a `Sample` (map-style, so torch's DataLoader takes it as it is)"
 
@@ -216,7 +216,7 @@ class SegmentationDataset:
             h.update(f"{os.path.relpath(path, self.root)} {s.st_size} {s.st_mtime_ns if times else ''}\n".encode())
         return h.hexdigest()[:12]
 
-
+# %% ../../nbs/data/datasets.ipynb #dde00095
 def _size(a: np.ndarray) -> str:
     return f"{a.shape[1]}x{a.shape[0]}"
 
@@ -241,7 +241,7 @@ def _need_split(split: str, splits: tuple):
     if split not in splits:
         raise ConfigError(unknown("split", split, splits))
 
-# %% ../../nbs/data/datasets.ipynb #3f383f5c
+# %% ../../nbs/data/datasets.ipynb #2e36429a
 def _inside(root: Path, entry: str, where: str) -> Path:
     "`entry` below `root`; compared by name and not by link, so that linked folders work"
     base = os.path.abspath(root)
@@ -268,7 +268,7 @@ def _split_line(line: str, root: Path, where: str) -> list[Path]:
         return [whole]
     raise DataError(f"{where}: cannot tell image from label in {line!r}; put a tab between them, and check that both files exist")
 
-
+# %% ../../nbs/data/datasets.ipynb #024c47f6
 def read_list(
     list_file,  # Text file with one `image label` or `image` per line
     root,  # What the paths are relative to
@@ -294,7 +294,7 @@ def read_list(
         raise DataError(f"{list_file}, line {numbers[i]}: image {pairs[i][0].name} has no label, but other lines have one; add it or drop the line")
     return pairs
 
-
+# %% ../../nbs/data/datasets.ipynb #0e4f9c9b
 class ListFile(SegmentationDataset):
     "A split described by a list file in semseg's format"
 
@@ -323,7 +323,7 @@ def as_table(table) -> LabelTable:
         raise ConfigError(f"{table} classes; a label map can hold 1..255 (255 itself is void)")
     return numbered_table(int(table))
 
-# %% ../../nbs/data/datasets.ipynb #0c417f9f
+# %% ../../nbs/data/datasets.ipynb #5a111d41
 DATASETS = Registry("data set")
 
 
@@ -366,7 +366,7 @@ class MiniCity(Cityscapes):
     label_name = "minicity"
     splits = ("train", "val", "trainval")
 
-
+# %% ../../nbs/data/datasets.ipynb #d8a8ae78
 def _image_folder(split: str) -> str:
     return {"trainval": "leftImg8bit/train and leftImg8bit/val", "demo": "leftImg8bit/demoVideo or demoVideo"}.get(split, f"leftImg8bit/{split}")
 

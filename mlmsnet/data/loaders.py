@@ -6,11 +6,11 @@
 __all__ = ['AugmentedDataset', 'epoch_order', 'EpochBatches', 'SegLoader', 'train_loader', 'eval_loader', 'SubsetDataset',
            'ResizedDataset', 'CachedDataset']
 
-# %% ../../nbs/data/loaders.ipynb #82b205bd
+# %% ../../nbs/data/loaders.ipynb #98f3f8af
 import contextlib
+import hashlib
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class AugmentedDataset(Dataset):
         x, y = self.transform(self.dataset[i], rng_for(self.seed, epoch, i))
         return x, y, i
 
-# %% ../../nbs/data/loaders.ipynb #490294eb
+# %% ../../nbs/data/loaders.ipynb #1dfdbdc4
 def epoch_order(
     n: int,  # Number of samples
     seed: int,
@@ -56,7 +56,7 @@ def epoch_order(
     # Four keys: a stream of three, (seed, epoch, 0), would be that of sample 0 (missing keys count as 0)
     return rng_for(seed, epoch, 0, 1).permutation(n)
 
-
+# %% ../../nbs/data/loaders.ipynb #b24f4516
 class EpochBatches(Sampler):
     "Yields the batches of an epoch as lists of `(epoch, index)`"
 
@@ -88,15 +88,16 @@ class EpochBatches(Sampler):
         return order[self.rank::self.world]
 
     def __len__(self):
-        each = self.n // (self.batch_size * self.world) if self.drop_last else None
-        return each if each is not None else -(-len(self.indices()) // self.batch_size)
+        if self.drop_last:
+            return self.n // (self.batch_size * self.world)
+        return -(-len(self.indices()) // self.batch_size)
 
     def __iter__(self):
         mine, b = self.indices().tolist(), self.batch_size
         for k in range(self.start_batch, len(self)):
             yield [(self.epoch, i) for i in mine[k * b:(k + 1) * b]]
 
-# %% ../../nbs/data/loaders.ipynb #8ab679fa
+# %% ../../nbs/data/loaders.ipynb #343d1e1e
 def _start_worker(worker: int):
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -142,7 +143,7 @@ def _collate(items):
         raise DataError(f"images of different sizes in one batch ({sizes}); use batch size 1, or give EvalTransform a crop")
     return torch.stack(x), torch.stack(y), torch.tensor(index)
 
-
+# %% ../../nbs/data/loaders.ipynb #db60417a
 def train_loader(
     dataset,  # `dataset[i]` is a Sample with a label
     transform,  # For example a `TrainTransform`
@@ -174,7 +175,7 @@ def eval_loader(
     batches = EpochBatches(len(dataset), batch_size, 0, False, False, rank, world)
     return SegLoader(AugmentedDataset(dataset, transform), batches, workers, pin_memory, prefetch)
 
-# %% ../../nbs/data/loaders.ipynb #0c98a5c9
+# %% ../../nbs/data/loaders.ipynb #abe23681
 class _View:
     "A data set made from another one; what it does not define itself is taken from there"
 
@@ -198,7 +199,7 @@ class _View:
     def read_mask(self, i: int) -> np.ndarray | None:
         return self[i].mask
 
-
+# %% ../../nbs/data/loaders.ipynb #519b055e
 class SubsetDataset(_View):
     "The samples `indices` of a data set"
 
@@ -210,6 +211,10 @@ class SubsetDataset(_View):
 
     def __len__(self):
         return len(self.indices)
+
+    @property
+    def has_labels(self) -> bool:
+        return all(p is not None for p in self.mask_paths)
 
     def __getitem__(self, i: int) -> Sample:
         return self.dataset[self.indices[i]]
@@ -242,10 +247,9 @@ class ResizedDataset(_View):
 
 
 def _mixed(fingerprint: str, more) -> str:
-    import hashlib
     return hashlib.sha256(f"{fingerprint} {more}".encode()).hexdigest()[:12]
 
-# %% ../../nbs/data/loaders.ipynb #ee403484
+# %% ../../nbs/data/loaders.ipynb #47f0f75a
 _HEADER = 128  # bytes of the .npy header of a 1-D uint8 array
 
 
@@ -256,6 +260,70 @@ def _in_threads(fn, n: int, threads: int):
             yield from pool.map(fn, range(start, min(n, start + 4 * threads)))
 
 
+@contextlib.contextmanager
+def _lock(path: Path):
+    "One process at a time (several training processes start together); without `fcntl` (Windows) no lock"
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+# %% ../../nbs/data/loaders.ipynb #96fb2acc
+def _build_file(
+    path: Path,  # Of the finished .npy
+    decoded,  # `decoded(i)` yields the samples from i on
+):
+    "Write the cache file; goes on where an earlier attempt stopped"
+    part, journal = path.with_suffix(".part"), path.with_suffix(".journal")
+    places, end = _read_journal(journal, part)
+    with open(part, "r+b" if part.exists() else "w+b") as data, open(journal, "a" if places else "w") as log:
+        data.truncate(end)
+        data.seek(end)
+        for s in decoded(len(places)):
+            h, w = s.image.shape[:2]
+            places.append([end - _HEADER, h, w, s.mask is not None])
+            data.write(np.ascontiguousarray(s.image))
+            if s.mask is not None:
+                data.write(np.ascontiguousarray(s.mask))
+            data.flush()  # the pixels first, then the line that vouches for them
+            end = data.tell()
+            log.write(json.dumps([*places[-1], end]) + "\n")
+            log.flush()
+        data.seek(0)
+        np.lib.format.write_array_header_1_0(data, {"descr": "|u1", "fortran_order": False, "shape": (end - _HEADER,)})
+        assert data.tell() == _HEADER, "the header of a 1-D uint8 .npy has 128 bytes"
+        data.flush()
+        os.fsync(data.fileno())
+    with atomic_write(path.with_suffix(".json")) as f:
+        json.dump({"places": places}, f)
+    os.replace(part, path)
+    journal.unlink()
+
+
+def _read_journal(journal: Path, part: Path) -> tuple[list, int]:
+    "The samples that an earlier attempt wrote completely, and where they end"
+    places, end = [], _HEADER
+    if journal.is_file() and part.is_file():
+        size = part.stat().st_size
+        for line in journal.read_text().splitlines():
+            try:
+                *place, stop = json.loads(line)
+            except ValueError:  # the last line may be cut
+                break
+            if stop > size:
+                break
+            places.append(place)
+            end = stop
+    if places:  # rewrite without a cut last line
+        with atomic_write(journal) as f:
+            f.writelines(json.dumps([*p, p[0] + _HEADER + p[1] * p[2] * (4 if p[3] else 3)]) + "\n" for p in places)
+    return places, end
+
+# %% ../../nbs/data/loaders.ipynb #8a526365
 class CachedDataset(_View):
     "Samples decoded once: in RAM, or in one memory-mapped file that is built once, resumably and atomically"
 
@@ -277,9 +345,7 @@ class CachedDataset(_View):
         elif cache == "disk":
             folder = Path(cache_dir) if cache_dir else Path(dataset.root) / ".cache"
             self.path = folder / f"{type(dataset).__name__.lower()}-{dataset.fingerprint(times=True)}.npy"
-            with _lock(self.path.with_suffix(".lock")):
-                if not self.path.is_file():
-                    self._build()
+            self._make_file()
             self._places = json.loads(self.path.with_suffix(".json").read_text())["places"]
 
     @property
@@ -312,69 +378,12 @@ class CachedDataset(_View):
             samples = tqdm(samples, total=len(self), initial=start, desc=f"decoding into {self.cache}", unit="img")
         return samples
 
-    def _build(self):
-        "Write the cache file; goes on where an earlier attempt stopped"
-        part, journal = self.path.with_suffix(".part"), self.path.with_suffix(".journal")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _make_file(self):
         try:
-            places, end = _read_journal(journal, part)
-            with open(part, "r+b" if part.exists() else "w+b") as data, open(journal, "a" if places else "w") as log:
-                data.truncate(end)
-                data.seek(end)
-                for s in self._decoded(len(places)):
-                    h, w = s.image.shape[:2]
-                    places.append([end - _HEADER, h, w, s.mask is not None])
-                    data.write(np.ascontiguousarray(s.image))
-                    if s.mask is not None:
-                        data.write(np.ascontiguousarray(s.mask))
-                    data.flush()  # the pixels first, then the line that vouches for them
-                    end = data.tell()
-                    log.write(json.dumps([*places[-1], end]) + "\n")
-                    log.flush()
-                data.seek(0)
-                np.lib.format.write_array_header_1_0(data, {"descr": "|u1", "fortran_order": False, "shape": (end - _HEADER,)})
-                assert data.tell() == _HEADER, "the header of a 1-D uint8 .npy has 128 bytes"
-                data.flush()
-                os.fsync(data.fileno())
-            with atomic_write(self.path.with_suffix(".json")) as f:
-                json.dump({"places": places}, f)
-            os.replace(part, self.path)
-            journal.unlink()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(self.path.with_suffix(".lock")):
+                if not self.path.is_file():
+                    _build_file(self.path, self._decoded)
         except OSError as e:
-            free = shutil.disk_usage(self.path.parent).free / 2**30
-            raise DataError(f"{part}: the cache could not be written ({e.strerror}; {free:.1f} GiB free); free some space "
-                            "and run again, it goes on from there, or use cache=ram or none") from e
-
-
-def _read_journal(journal: Path, part: Path) -> tuple[list, int]:
-    "The samples that an earlier attempt wrote completely, and where they end"
-    places, end = [], _HEADER
-    if journal.is_file() and part.is_file():
-        size = part.stat().st_size
-        for line in journal.read_text().splitlines():
-            try:
-                *place, stop = json.loads(line)
-            except ValueError:  # the last line may be cut
-                break
-            if stop > size:
-                break
-            places.append(place)
-            end = stop
-    if places:  # rewrite without a cut last line
-        with atomic_write(journal) as f:
-            f.writelines(json.dumps([*p, p[0] + _HEADER + p[1] * p[2] * (4 if p[3] else 3)]) + "\n" for p in places)
-    return places, end
-
-
-@contextlib.contextmanager
-def _lock(path: Path):
-    "One process at a time (several training processes start together); without `fcntl` (Windows) no lock"
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+            raise DataError(f"{self.path}: the cache could not be written ({e.strerror}); free some space there and run again (it goes on "
+                            "from there), choose another cache_dir, or use cache=ram or none") from e

