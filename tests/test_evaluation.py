@@ -153,7 +153,7 @@ def test_every_class_agrees_with_cityscapesscripts(tmp_path):
     split, truth = write_official(tmp_path, range(4), (90, 130))
     split[3].mask[:] = 255  # one image of nothing but void
     cv2.imwrite(truth[3], np.zeros((90, 130), np.uint8))
-    ours = evaluate(Net(), split, save_dir=tmp_path / "out", label_ids=True, progress=False)
+    ours = evaluate(Net(), split, save_dir=tmp_path / "out", label_ids=True, report=False)
     official.args.evalInstLevelScore, official.args.JSONOutput, official.args.quiet = False, False, True
     theirs = official.evaluateImgLists([str(tmp_path / "out" / "gray" / f"{s.name}.png") for s in split], truth, official.args)
     compared = 0
@@ -178,7 +178,7 @@ def test_random_maps_agree_with_cityscapesscripts(tmp_path):
         guess = np.where((rng_for(i, 1).random(s.mask.shape) < 0.7) & (s.mask < 19), s.mask, guess).astype(np.uint8)
         predictions.append(str(tmp_path / "pred" / f"{s.name}.png"))
         cv2.imwrite(predictions[-1], lookup[guess])
-    ours = evaluate_predictions(tmp_path / "pred", split, label_ids=True, progress=False)
+    ours = evaluate_predictions(tmp_path / "pred", split, label_ids=True, report=False)
     official.args.evalInstLevelScore, official.args.JSONOutput, official.args.quiet = False, False, True
     theirs = official.evaluateImgLists(predictions, truth, official.args)["classScores"]
     for row in ours.per_class:
@@ -187,7 +187,7 @@ def test_random_maps_agree_with_cityscapesscripts(tmp_path):
 
 def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, monkeypatch):
     split = Split(SimpleNamespace(image=picture(i, 40, 40), mask=None, name=f"a_{i}") for i in range(3))
-    evaluate(Net(), split, save_dir=tmp_path, progress=False)
+    evaluate(Net(), split, save_dir=tmp_path, report=False)
     files = {p: p.read_bytes() for p in tmp_path.glob("color/*.png")}
 
     real = os.fsync
@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, monkeypatch):
         return real(fd)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="No space left on device"):
-        evaluate(Net(), split, save_dir=tmp_path, progress=False)
+        evaluate(Net(), split, save_dir=tmp_path, report=False)
     assert {p: p.read_bytes() for p in tmp_path.glob("color/*.png")} == files
     assert not list(tmp_path.glob("**/*.tmp"))
 
@@ -213,7 +213,7 @@ def test_a_broken_sample_is_named():
             return super().__getitem__(i)
     split = Files(SimpleNamespace(image=picture(i, 20, 20), mask=None, name=f"a_{i}") for i in range(4))
     with pytest.raises(DataError, match="b.png"):
-        evaluate(Net(), split, progress=False)
+        evaluate(Net(), split, report=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the resident size")
