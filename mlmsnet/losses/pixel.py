@@ -143,8 +143,8 @@ class CrossEntropy(PixelLoss):
         pixels = (1 - self.label_smoothing) * hard - self.label_smoothing / logits.shape[1] * smooth
         return pixels, pixels
 
-# %% ../../nbs/losses/pixel.ipynb #3e23adb0
-@register_loss("ohem", family="pixel", formula=r"\frac{1}{|K|}\sum_{i\in K}-\ln p_{y_i},\quad K=\{i: p_{y_i}<t\}\ \text{or the hardest few}",
+# %% ../../nbs/losses/pixel.ipynb #41311490
+@register_loss("ohem", family="pixel", formula=r"\frac{1}{\lvert K\rvert}\sum_{i\in K}-\ln p_{y_i},\quad K=\{i: p_{y_i}<t\}\ \text{or the hardest few}",
                paper="Shrivastava, Gupta, Girshick, Training Region-based Object Detectors with OHEM, CVPR 2016", absent="no pixels, no say")
 class OhemCrossEntropy(PixelLoss):
     """Cross-entropy over the hard pixels only; never fewer than a stated number of them.
@@ -196,8 +196,8 @@ def hardest(
     mask[flat.topk(min(k, flat.numel()), sorted=False).indices] = True
     return mask.view_as(valid) & valid
 
-# %% ../../nbs/losses/pixel.ipynb #eef3c6a0
-@register_loss("topk", family="pixel", formula=r"\frac1{|K|}\sum_{i\in K}-\ln p_{y_i},\quad K=\text{the hardest }k\,\%",
+# %% ../../nbs/losses/pixel.ipynb #27613d4d
+@register_loss("topk", family="pixel", formula=r"\frac1{\lvert K\rvert}\sum_{i\in K}-\ln p_{y_i},\quad K=\text{the hardest }k\,\%",
                paper="Wu, Shen, van den Hengel, Bridging Category-level and Instance-level Semantic Segmentation, 2016", absent="no pixels, no say")
 class TopKCrossEntropy(PixelLoss):
     "Cross-entropy over a fixed share of the valid pixels, the hardest; at least one"
