@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlmsnet.core import ConfigError, DataError, MlmsError
+from mlmsnet.core import ConfigError, MlmsError
 from mlmsnet.data.datasets import CamVid, Cityscapes, ListFile, SegmentationDataset, create_dataset, find_shared, read_image, read_label
 from mlmsnet.data.labels import numbered_table
 from mlmsnet.data.loaders import CachedDataset, EpochBatches, ResizedDataset, SubsetDataset, epoch_order, eval_loader, train_loader
@@ -241,8 +241,24 @@ def test_a_broken_file_is_named_through_the_workers(tmp_path):
     ds = make(tmp_path, n=4)
     data = ds.image_paths[2].read_bytes()
     ds.image_paths[2].write_bytes(data[:200])
-    with pytest.raises(DataError, match="im2.png"):
-        list(eval_loader(ds, EvalTransform(), workers=1))
+    for workers in (0, 1):
+        one_line(lambda: list(eval_loader(ds, EvalTransform(), workers=workers)), "im2.png: is cut short")  # noqa: B023
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_is_left_early(tmp_path, workers):
+    ds = make(tmp_path, n=9)
+    loader = train_loader(ds, TrainTransform(AugmentConfig(crop=(24, 32))), 2, workers=workers, seed=3)
+    whole = {}
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        whole[epoch] = list(loader)
+    loader.set_epoch(0)
+    iterator = iter(loader)
+    assert torch.equal(next(iterator)[0], whole[0][0][0])
+    loader.set_epoch(1)  # does not reach the iteration that has begun
+    assert torch.equal(next(iterator)[0], whole[0][1][0])
+    assert same(list(loader), whole[1])
 
 
 # ---- views and caches

@@ -6,7 +6,7 @@
 __all__ = ['AugmentedDataset', 'epoch_order', 'EpochBatches', 'SegLoader', 'train_loader', 'eval_loader', 'SubsetDataset',
            'ResizedDataset', 'CachedDataset']
 
-# %% ../../nbs/data/loaders.ipynb #98f3f8af
+# %% ../../nbs/data/loaders.ipynb #a9769111
 import contextlib
 import hashlib
 import json
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..core import ConfigError, DataError, atomic_write, rng_for
+from ..core import ConfigError, DataError, MlmsError, atomic_write, rng_for
 from .datasets import Sample
 
 # %% ../../nbs/data/loaders.ipynb #6b5d67c6
@@ -56,7 +56,7 @@ def epoch_order(
     # Four keys: a stream of three, (seed, epoch, 0), would be that of sample 0 (missing keys count as 0)
     return rng_for(seed, epoch, 0, 1).permutation(n)
 
-# %% ../../nbs/data/loaders.ipynb #b24f4516
+# %% ../../nbs/data/loaders.ipynb #61cb58b1
 class EpochBatches(Sampler):
     "Yields the batches of an epoch as lists of `(epoch, index)`"
 
@@ -93,11 +93,11 @@ class EpochBatches(Sampler):
         return -(-len(self.indices()) // self.batch_size)
 
     def __iter__(self):
-        mine, b = self.indices().tolist(), self.batch_size
-        for k in range(self.start_batch, len(self)):
-            yield [(self.epoch, i) for i in mine[k * b:(k + 1) * b]]
+        # a list and not a generator: a later set_epoch must not reach into an iteration that has begun
+        mine, b = [(self.epoch, i) for i in self.indices().tolist()], self.batch_size
+        return iter([mine[k * b:(k + 1) * b] for k in range(self.start_batch, len(self))])
 
-# %% ../../nbs/data/loaders.ipynb #343d1e1e
+# %% ../../nbs/data/loaders.ipynb #61dbace2
 def _start_worker(worker: int):
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -133,7 +133,15 @@ class SegLoader:
         return len(self.batches)
 
     def __iter__(self):
-        return iter(self.loader)
+        return _plain_errors(iter(self.loader))
+
+
+def _plain_errors(batches):
+    "A user error from a worker arrives wrapped in the worker's traceback; give back its one line"
+    try:
+        yield from batches
+    except MlmsError as e:
+        raise type(e)(str(e).strip().rsplit(f"{type(e).__name__}: ", 1)[-1]) from None
 
 
 def _collate(items):
