@@ -78,6 +78,25 @@ _SMALL = (
 
 MOBILENETV3_ROWS = {"large": _LARGE, "small": _SMALL}
 
+# %% ../../nbs/networks/backbones.ipynb #1a553002
+def _strides_and_dilations(rows, output_stride, dilate):
+    "For each row of each stage its stride and dilation, so that no map is coarser than `output_stride`"
+    plan, stride, holes = [], 2, 1  # the stem halves; holes = how much denser we are than the classifier
+    for rows_of_stage in rows:
+        stage = []
+        for row in rows_of_stage:
+            if stride * row.stride <= output_stride:
+                stride *= row.stride
+                stage.append((row.stride, holes))
+            else:  # skip this stride; the kernels after it see the old grid if they are dilated
+                stage.append((1, holes))
+                holes = holes * row.stride if dilate is True else 1
+        plan.append((stride, stage))
+    if isinstance(dilate, (tuple, list)):
+        for i, d in zip((-2, -1), dilate):
+            plan[i] = (plan[i][0], [(s, d) for s, _ in plan[i][1]])
+    return plan
+
 # %% ../../nbs/networks/backbones.ipynb #29464630
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKBONES = Registry("backbone")
@@ -100,25 +119,6 @@ class Backbone(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return self.features(x)
-
-# %% ../../nbs/networks/backbones.ipynb #1a553002
-def _strides_and_dilations(rows, output_stride, dilate):
-    "For each row of each stage its stride and dilation, so that no map is coarser than `output_stride`"
-    plan, stride, holes = [], 2, 1  # the stem halves; holes = how much denser we are than the classifier
-    for rows_of_stage in rows:
-        stage = []
-        for row in rows_of_stage:
-            if stride * row.stride <= output_stride:
-                stride *= row.stride
-                stage.append((row.stride, holes))
-            else:  # skip this stride; the kernels after it see the old grid if they are dilated
-                stage.append((1, holes))
-                holes = holes * row.stride if dilate is True else 1
-        plan.append((stride, stage))
-    if isinstance(dilate, (tuple, list)):
-        for i, d in zip((-2, -1), dilate):
-            plan[i] = (plan[i][0], [(s, d) for s, _ in plan[i][1]])
-    return plan
 
 # %% ../../nbs/networks/backbones.ipynb #2add89fd
 def _check(arch, width_mult, output_stride):

@@ -66,7 +66,13 @@ def side_by_side(
     "All maps at the size of the finest, concatenated over the channels: a new tensor"
     return torch.cat([resize(level, levels[0].shape[-2:]) for level in levels], 1)
 
-# %% ../../nbs/networks/fusion.ipynb #7d003fd0
+# %% ../../nbs/networks/fusion.ipynb #f7f0880a
+def _init_fusion(module):
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+
+
 class MSF(nn.Module):
     "Multi-scale fusion: the map itself and its dilated 3×3 views, side by side, gated per channel, fused by a 1×1 layer"
 
@@ -90,7 +96,7 @@ class MSF(nn.Module):
         views = torch.cat([x, *(b(x) for b in self.branches)], 1)  # N C H W -> N 4C H W
         return self.fuse(rescale(views, self.attention(views)))
 
-# %% ../../nbs/networks/fusion.ipynb #79f24163
+# %% ../../nbs/networks/fusion.ipynb #550422c3
 class MLF(nn.Module):
     "Multi-level fusion: x + x · attention(x) over the concatenated levels, then a 1×1 layer"
 
@@ -107,12 +113,6 @@ class MLF(nn.Module):
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         x = side_by_side(levels)
         return self.fuse(rescale(x, 1 + self.attention(x)))  # x + x·g = x·(1 + g), with the sum on the small tensor
-
-
-def _init_fusion(module):
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight)
 
 # %% ../../nbs/networks/fusion.ipynb #972df16b
 class SegHead(nn.Module):
