@@ -7,9 +7,10 @@ __all__ = ['DataConfig', 'ModelConfig', 'LossConfig', 'TrainConfig', 'Config', '
            'shipped_configs', 'config_parser', 'valid_keys', 'check_keys', 'parse_config', 'is_original',
            'from_original', 'read_yaml', 'save_config']
 
-# %% ../../nbs/training/config.ipynb #e9c41fdf
+# %% ../../nbs/training/config.ipynb #a5180562
 import hashlib
 import json
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -208,7 +209,7 @@ def _no_key(key, keys, where):
     hint = f" Did you mean {' or '.join(near)}?" if near else f" Valid: {', '.join(keys)}"
     return f"{where}: no setting {key!r}.{hint}"
 
-# %% ../../nbs/training/config.ipynb #2310e235
+# %% ../../nbs/training/config.ipynb #cb21a41d
 def parse_config(
     source=None,  # Name of a shipped config, path of a YAML file, a dict, or None for the defaults
     overrides=(),  # Command-line form: ["--train.lr", "0.02", ...]
@@ -242,14 +243,16 @@ def _check_flags(overrides):
 
 
 def _one_line(error):
-    "jsonargparse explains type errors on several indented lines: key, and what was given, are enough"
+    "jsonargparse explains a type error on several indented lines; the key, what was expected and what was given are enough"
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     key = lines[0].replace("Parser key", "").strip(' ":')
-    given = next((line.split(":", 1)[1].strip() for line in reversed(lines) if line.startswith("Given value:")), None)
-    if given is None:
-        return " ".join([key, *lines[1:]])
-    kind = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Subtypes")), " ".join(lines[1:-2]))
-    return f"{key} cannot be {given!r}; expected {kind}"
+    text = " ".join(lines[1:])
+    given = re.search(r"(?:Got value|Given value): (.*)$", text)
+    kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text) or re.search(r"Expected an? (.*?)\. Got value", text)
+    if not given or not kinds:
+        return f"{key} {text}".strip()
+    kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kinds[1])
+    return f"{key} is {given[1]!r}; expected {kind.replace('NoneType', 'null')}"
 
 # %% ../../nbs/training/config.ipynb #d96684fe
 _LAUNCHER = {"train_gpu", "test_gpu", "sync_bn", "print_freq", "save_freq", "save_path", "start_epoch", "resume", "evaluate", "dist_url",
