@@ -57,7 +57,7 @@ def overlay(
     mixed = np.rint(image * (1 - alpha) + colorize(mask, table) * alpha).astype(np.uint8)
     return np.where((mask < table.num_classes)[..., None], mixed, image)
 
-# %% ../nbs/viz.ipynb #31e5b9e6
+# %% ../nbs/viz.ipynb #07c35f82
 def legend(
     table: LabelTable,
     ax,  # a matplotlib axes, it gets a legend to its right
@@ -71,7 +71,7 @@ def legend(
         patches.append(Patch(color="black", label="void"))
     return ax.legend(handles=patches, **{"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "fontsize": 8, "frameon": False, **kw})
 
-
+# %% ../nbs/viz.ipynb #fe0f01cc
 def show_grid(
     rows,  # list of rows, each a list of arrays: H x W x 3 uint8 images or H x W label maps (None: empty)
     titles=None,  # one per column
@@ -128,7 +128,7 @@ def curves(
         ax.legend()
     return fig
 
-# %% ../nbs/viz.ipynb #9096f810
+# %% ../nbs/viz.ipynb #22d433c9
 def class_bars(
     scores: dict,  # run name -> one score per class (None: no bar)
     names,  # class names
@@ -150,7 +150,7 @@ def class_bars(
             ax.legend(ncols=len(scores), loc="lower right", bbox_to_anchor=(1, 1))
     return fig
 
-
+# %% ../nbs/viz.ipynb #fa6dda61
 def confusion_heatmap(
     counts,  # C x C, rows target, columns prediction (tensor or array)
     names,  # class names

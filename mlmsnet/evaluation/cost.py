@@ -54,7 +54,7 @@ def _macs(model, x):
         model(x)
     return counter.get_total_flops() // 2
 
-# %% ../../nbs/evaluation/cost.ipynb #57eef98e
+# %% ../../nbs/evaluation/cost.ipynb #629135d0
 def latency(
     model,
     input_hw=(713, 713),
@@ -89,7 +89,7 @@ def _seconds(fn, device):
         torch.mps.synchronize()
     return time.perf_counter() - start
 
-
+# %% ../../nbs/evaluation/cost.ipynb #31c6d4ef
 class _placed:
     "The model on `device` inside the block, and back where it was afterwards"
 
@@ -104,7 +104,7 @@ class _placed:
     def __exit__(self, *_):
         self.model.to(self.home)
 
-# %% ../../nbs/evaluation/cost.ipynb #88d9d9db
+# %% ../../nbs/evaluation/cost.ipynb #d7c7e7c7
 @dataclass(frozen=True)
 class Cost:
     "What one image costs"
@@ -142,7 +142,7 @@ def measure_cost(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and repeats else None
     return Cost(count_params(model), count_macs(model, input_hw), seconds, peak, tuple(input_hw), device_name(device), amp)
 
-
+# %% ../../nbs/evaluation/cost.ipynb #f4054ab2
 def device_name(device) -> str:
     "The device in words"
     device = torch.device(device)

@@ -49,7 +49,7 @@ class EvalResult:
             return f"{self.images} images without labels: nothing to score"
         return f"{self.metrics}\n{self.metrics.line()}"
 
-# %% ../../nbs/evaluation/evaluate.ipynb #abae5097
+# %% ../../nbs/evaluation/evaluate.ipynb #d982481d
 def prediction_path(
     save_dir,
     name: str,  # of the sample; `/` makes folders
@@ -88,7 +88,7 @@ def write_png(
     except OSError as e:
         raise DataError(f"{path}: could not be written ({e.strerror}); what was saved before is unharmed") from e
 
-
+# %% ../../nbs/evaluation/evaluate.ipynb #523d9033
 def load_prediction(
     path,
     label_ids: bool = False,  # the file holds Cityscapes label ids
@@ -161,7 +161,26 @@ def _world():
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
-# %% ../../nbs/evaluation/evaluate.ipynb #f6557883
+# %% ../../nbs/evaluation/evaluate.ipynb #03beee49
+def _predictions(model, samples, how, save_dir, table, label_ids, resume):
+    "Yield (class map, sample), writing the maps in a thread, or reading those that are there"
+    writes = deque()
+    with ThreadPoolExecutor(1) as writer:
+        for sample in samples:
+            done = prediction_path(save_dir, sample.name) if save_dir is not None else None
+            if done is not None and resume and done.exists():
+                yield load_prediction(done, label_ids), sample
+                continue
+            pred = predict(model, sample.image, **how)
+            if done is not None:
+                writes.append(writer.submit(save_prediction, pred, sample.name, save_dir, table, label_ids))
+            yield pred, sample
+            while len(writes) > 2:
+                writes.popleft().result()  # a full disk is heard of here
+        for w in writes:
+            w.result()
+
+# %% ../../nbs/evaluation/evaluate.ipynb #a6ae22c1
 def evaluate(
     model,  # returns {"out": logits}
     dataset,  # items with image, mask (or None) and name; attribute `table`
@@ -188,21 +207,10 @@ def evaluate(
     if world > 1:
         dist.barrier()
     indices = shard(len(dataset), rank, world)
-    writes = deque()
-    with ThreadPoolExecutor(1) as writer:
-        for sample in _progress(_read_ahead(dataset, indices), len(indices), progress and rank == 0, "evaluate"):
-            done = prediction_path(save_dir, sample.name) if save_dir is not None else None
-            if done is not None and resume and done.exists():
-                pred = load_prediction(done, label_ids)
-            else:
-                pred = predict(model, sample.image, cfg, mean, std, device)
-                if done is not None:
-                    writes.append(writer.submit(save_prediction, pred, sample.name, save_dir, dataset.table, label_ids))
-            scores.add(pred, sample.mask, sample.name)
-            while len(writes) > 2:
-                writes.popleft().result()  # a full disk is heard of here
-        for w in writes:
-            w.result()
+    how = dict(cfg=cfg, mean=mean, std=std, device=device)
+    samples = _progress(_read_ahead(dataset, indices), len(indices), progress and rank == 0, "evaluate")
+    for pred, sample in _predictions(model, samples, how, save_dir, dataset.table, label_ids, resume):
+        scores.add(pred, sample.mask, sample.name)
     result = scores.result(absent, time.perf_counter() - start, asdict(cfg))
     if report and rank == 0:
         print(result.text())

@@ -164,7 +164,7 @@ def _argmax(scores, out):
     for r in _strips(scores.shape[1], scores.device):
         out[r] = scores[:, r].max(0)[1]  # three times as fast as argmax on a CPU
 
-# %% ../../nbs/evaluation/inference.ipynb #4e715ccb
+# %% ../../nbs/evaluation/inference.ipynb #933660f7
 @contextlib.contextmanager
 def evaluating(model):
     "Evaluation mode and no gradients inside the block; every submodule's mode is as before afterwards"
@@ -198,7 +198,7 @@ def _forward(model, cfg, device):
         return logits
     return run
 
-
+# %% ../../nbs/evaluation/inference.ipynb #b349a747
 def scaled_size(
     hw,  # height, width of the image
     scale: float,
@@ -208,7 +208,7 @@ def scaled_size(
     (h, w), long = hw, round(scale * (base_size or max(hw)))
     return (long, max(1, round(long / h * w))) if h > w else (max(1, round(long / w * h)), long)
 
-# %% ../../nbs/evaluation/inference.ipynb #1edd211d
+# %% ../../nbs/evaluation/inference.ipynb #07b6691d
 def _to_device(model, image, device):
     "Image as 3 x H x W uint8 on the device, and the device"
     image = np.asarray(image)
@@ -224,7 +224,7 @@ def _windows_at(image, size, cfg, mean, std):
         image = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
     return _Windows(image, tuple(cfg.crop) if cfg.mode == "slide" else tuple(size), cfg, mean, std)
 
-
+# %% ../../nbs/evaluation/inference.ipynb #9e7974fa
 def predict_scores(
     model,  # returns {"out": logits}
     image,  # H x W x 3 uint8 RGB

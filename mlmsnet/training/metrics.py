@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SegMetrics', 'metrics_from_counts', 'ConfusionMatrix', 'shard', 'BoundaryIoU']
 
-# %% ../../nbs/training/metrics.ipynb #48eff16a
+# %% ../../nbs/training/metrics.ipynb #30e23639
 import math
 from dataclasses import asdict, dataclass
 
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 
 from ..core import ConfigError, DataError
 
@@ -56,7 +57,7 @@ def _check_range(x, num_classes, what, ignore_index=None):
         raise DataError(f"{what} holds {', '.join(map(str, bad[:5].tolist()))}, but there are {num_classes} classes: "
                         f"values must be 0 to {num_classes - 1}{void}")
 
-# %% ../../nbs/training/metrics.ipynb #81a3a313
+# %% ../../nbs/training/metrics.ipynb #838df4a4
 @dataclass(frozen=True)
 class SegMetrics:
     "Scores of one split, between 0 and 1; a per-class score that is 0/0 is None, a mean of nothing is 0"
@@ -88,18 +89,22 @@ class SegMetrics:
         "Plain numbers, lists and strings, ready for JSON"
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def __str__(self):
-        width = max(map(len, (*self.names, "class")))
-        def cell(x): return "     –" if x is None else f"{x:6.4f}"
-        lines = [f"{'class':{width}}     IoU     acc    prec   share"]
-        lines += [f"{r['class']:{width}}  {'  '.join(cell(r[k]) for k in ('iou', 'acc', 'precision', 'share'))}" for r in self.rows()]
-        return "\n".join([*lines, self.note()])
+# %% ../../nbs/training/metrics.ipynb #aef8b055
+@patch
+def __str__(self: SegMetrics):
+    width = max(map(len, (*self.names, "class")))
+    def cell(x): return "     –" if x is None else f"{x:6.4f}"
+    lines = [f"{'class':{width}}     IoU     acc    prec   share"]
+    lines += [f"{r['class']:{width}}  {'  '.join(cell(r[k]) for k in ('iou', 'acc', 'precision', 'share'))}" for r in self.rows()]
+    return "\n".join([*lines, self.note()])
 
-    def note(self) -> str:
-        "How many classes the mean is of, and which are missing"
-        text = f"mean over {self.classes_counted} of {len(self.names)} classes, {self.pixels} pixels"
-        text += f"; absent ({self.absent_rule}): {', '.join(self.absent)}" if self.absent else ""
-        return text + (f"; predicted but not in the target: {', '.join(self.only_predicted)}" if self.only_predicted else "")
+
+@patch
+def note(self: SegMetrics) -> str:
+    "How many classes the mean is of, and which are missing"
+    text = f"mean over {self.classes_counted} of {len(self.names)} classes, {self.pixels} pixels"
+    text += f"; absent ({self.absent_rule}): {', '.join(self.absent)}" if self.absent else ""
+    return text + (f"; predicted but not in the target: {', '.join(self.only_predicted)}" if self.only_predicted else "")
 
 # %% ../../nbs/training/metrics.ipynb #529c92a4
 def metrics_from_counts(
@@ -131,7 +136,7 @@ def metrics_from_counts(
         share=share, classes_counted=sum(v is not None for v in iou), absent=tuple(m for m, u in zip(names, union) if u == 0),
         only_predicted=tuple(m for m, u, s in zip(names, union, true) if u > 0 and s == 0), pixels=int(total), absent_rule=absent)
 
-# %% ../../nbs/training/metrics.ipynb #071c1760
+# %% ../../nbs/training/metrics.ipynb #44810e2e
 class ConfusionMatrix:
     "Streaming int64 counts C x C (rows target, columns prediction) of class maps or logits; void is not counted"
 
@@ -164,31 +169,39 @@ class ConfusionMatrix:
         self.counts = self.counts.to(counts.device).add_(counts)
         return self
 
-    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        "Add the counts of another matrix (another process, another part of the split)"
-        if other.num_classes != self.num_classes:
-            raise ConfigError(f"cannot merge {other.num_classes} classes into {self.num_classes}")
-        self.counts += other.counts.to(self.counts.device)
-        return self
-
-    def all_reduce(self) -> "ConfusionMatrix":
-        "Sum over all processes of `torch.distributed`, once at the end; does nothing in a single process"
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            if dist.get_backend() == "nccl":
-                self.counts = self.counts.cuda()
-            dist.all_reduce(self.counts)
-        return self
-
-    def reset(self) -> "ConfusionMatrix":
-        "Forget all counts"
-        self.counts.zero_()
-        return self
-
-    def result(self, absent: str = "skip") -> SegMetrics:
-        "The scores so far; `absent` as in `metrics_from_counts`"
-        return metrics_from_counts(self.counts, self.names, absent)
+# %% ../../nbs/training/metrics.ipynb #2177dc8a
+@patch
+def merge(self: ConfusionMatrix, other: ConfusionMatrix) -> ConfusionMatrix:
+    "Add the counts of another matrix (another process, another part of the split)"
+    if other.num_classes != self.num_classes:
+        raise ConfigError(f"cannot merge {other.num_classes} classes into {self.num_classes}")
+    self.counts += other.counts.to(self.counts.device)
+    return self
 
 
+@patch
+def all_reduce(self: ConfusionMatrix) -> ConfusionMatrix:
+    "Sum over all processes of `torch.distributed`, once at the end; does nothing in a single process"
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.get_backend() == "nccl":
+            self.counts = self.counts.cuda()
+        dist.all_reduce(self.counts)
+    return self
+
+
+@patch
+def reset(self: ConfusionMatrix) -> ConfusionMatrix:
+    "Forget all counts"
+    self.counts.zero_()
+    return self
+
+
+@patch
+def result(self: ConfusionMatrix, absent: str = "skip") -> SegMetrics:
+    "The scores so far; `absent` as in `metrics_from_counts`"
+    return metrics_from_counts(self.counts, self.names, absent)
+
+# %% ../../nbs/training/metrics.ipynb #9e8bb054
 def _tensor(x):
     if torch.is_tensor(x):
         return x
@@ -206,7 +219,22 @@ def shard(
         raise ConfigError(f"rank {rank} does not exist among {world_size} processes")
     return range(rank, n, world_size)
 
-# %% ../../nbs/training/metrics.ipynb #714287ae
+# %% ../../nbs/training/metrics.ipynb #7a663a42
+def _contour(labels, d):
+    "The label map as int32, with 255 where every pixel within d (Chebyshev) has the same class"
+    kernel, border = np.ones((2 * d + 1, 2 * d + 1), np.uint8), dict(borderType=cv2.BORDER_CONSTANT, borderValue=254)
+    same = cv2.erode(labels, kernel, **border) == cv2.dilate(labels, kernel, **border)
+    return np.where(same, 255, labels).astype(np.int32)
+
+
+def _contours(pred, target, ignore_index, ratio, num_classes):
+    "Contour pixels of each class: in both maps, in the target, in the prediction"
+    d, void = max(1, round(ratio * math.hypot(*target.shape))), target == ignore_index
+    t, p = (_contour(np.where(void, 255, x).astype(np.uint8), d) for x in (target, pred))
+    table = np.bincount(t.ravel() * 256 + p.ravel(), minlength=65536).reshape(256, 256)
+    return np.diag(table)[:num_classes], table[:num_classes].sum(1), table[:, :num_classes].sum(0)
+
+# %% ../../nbs/training/metrics.ipynb #7f5d0709
 class BoundaryIoU:
     "Streaming IoU of the pixels near class contours (Cheng et al. 2021, eq. 2), all classes at once"
 
@@ -223,29 +251,21 @@ class BoundaryIoU:
         self.names = tuple(names) if names else tuple(map(str, range(num_classes)))
         self.hit, self.true, self.claimed = np.zeros((3, num_classes), np.int64)
 
-    def update(
-        self,
-        pred,  # class map H x W or N x H x W
-        target,  # the same shape
-    ) -> "BoundaryIoU":
-        "Add one image or a batch; each image has its own distance"
+    def update(self, pred, target) -> "BoundaryIoU":
+        "Add class maps H x W or N x H x W; each image has its own distance"
         pred, target = (_tensor(x).cpu() for x in (pred, target))
         ConfusionMatrix(self.num_classes, self.ignore_index).update(pred, target)  # shapes and values are right
         for p, t in zip(pred.reshape(-1, *pred.shape[-2:]).numpy(), target.reshape(-1, *target.shape[-2:]).numpy()):
-            d = max(1, round(self.ratio * math.hypot(*t.shape)))
-            void = t == self.ignore_index
-            t, p = (np.where(void, 255, x).astype(np.uint8) for x in (t, p))
-            table = np.bincount(_contour(t, d).ravel() * 256 + _contour(p, d).ravel(), minlength=65536).reshape(256, 256)
-            c = slice(self.num_classes)
-            self.hit += np.diag(table)[c]
-            self.true += table[c].sum(1)
-            self.claimed += table[:, c].sum(0)
+            self._add(*_contours(p, t, self.ignore_index, self.ratio, self.num_classes))
+        return self
+
+    def _add(self, hit, true, claimed):
+        self.hit, self.true, self.claimed = self.hit + hit, self.true + true, self.claimed + claimed
         return self
 
     def merge(self, other: "BoundaryIoU") -> "BoundaryIoU":
         "Add the counts of another one"
-        self.hit, self.true, self.claimed = self.hit + other.hit, self.true + other.true, self.claimed + other.claimed
-        return self
+        return self._add(other.hit, other.true, other.claimed)
 
     def result(self) -> dict:
         "`{'miou', 'iou'}`: the mean over classes that have a contour, and each class's value (None without one)"
@@ -253,10 +273,3 @@ class BoundaryIoU:
         iou = {n: float(h / u) if u else None for n, h, u in zip(self.names, self.hit, union)}
         valid = [v for v in iou.values() if v is not None]
         return {"miou": math.fsum(valid) / len(valid) if valid else 0.0, "iou": iou}
-
-
-def _contour(labels, d):
-    "The label map as int32, with 255 where every pixel within d (Chebyshev) has the same class"
-    kernel, border = np.ones((2 * d + 1, 2 * d + 1), np.uint8), dict(borderType=cv2.BORDER_CONSTANT, borderValue=254)
-    same = cv2.erode(labels, kernel, **border) == cv2.dilate(labels, kernel, **border)
-    return np.where(same, 255, labels).astype(np.int32)
