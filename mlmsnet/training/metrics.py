@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import ConfigError, DataError
 
-# %% ../../nbs/training/metrics.ipynb #77ac9231
+# %% ../../nbs/training/metrics.ipynb #f1fe20ad
 def _pair_counts(pred, target, num_classes, ignore_index):
     "int64 counts C x C of two class maps of equal shape"
     if num_classes > 255 or not 0 <= ignore_index <= 255:  # the plain way, for many classes or a void such as -1
@@ -29,12 +29,9 @@ def _pair_counts(pred, target, num_classes, ignore_index):
     t, p = _as_uint8(target, "target"), _as_uint8(pred, "prediction")
     pairs = t.reshape(-1).to(torch.int32).mul_(256).add_(p.reshape(-1))
     table = torch.bincount(pairs, minlength=65536).view(256, 256)
-    inside = list(range(num_classes, 256))  # rows that nobody may use
-    if num_classes <= ignore_index:
-        inside.remove(ignore_index)
-    else:  # void is one of the classes' numbers: its row does not count
-        table[ignore_index] = 0
-    if int(table[inside].sum()) or int(table[:num_classes, num_classes:].sum()):
+    void = int(table[ignore_index].sum())
+    table[ignore_index] = 0  # void may be one of the classes' numbers
+    if int(table[:num_classes, :num_classes].sum()) + void != pairs.numel():  # some pair lies where none may be
         valid = t != ignore_index
         _check_range(t[valid], num_classes, "target", ignore_index)
         _check_range(p[valid], num_classes, "prediction")
