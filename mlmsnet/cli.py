@@ -91,7 +91,7 @@ def train(args, settings):
     print(f"{run}: best val mIoU {best['miou']:.4f} in epoch {best['epoch']}; {cost['images_per_second']} images/s, "
           f"{cost['train_seconds'] / 60:.1f} min. Next: mlmsnet evaluate {run}")
 
-# %% ../nbs/cli.ipynb #ec5d5f77
+# %% ../nbs/cli.ipynb #f0a731e9
 def _add_evaluate(sub):
     p = _command(sub, "evaluate", evaluate, "Score a network on a split, with the protocol in the config's section `eval`.", settings=True)
     p.add_argument("run", help="a run's folder (its best epoch) or a checkpoint; an original checkpoint needs --config")
@@ -99,6 +99,8 @@ def _add_evaluate(sub):
     p.add_argument("--split", help="split or list file to score (default: `data.test` of the config)")
     p.add_argument("--which", choices=["best", "last"], default="best", help="epoch of a run's folder to take")
     p.add_argument("--save", metavar="DIR", help="write label and colour PNGs here")
+    p.add_argument("--label-ids", action="store_true", help="saved labels hold Cityscapes label ids, as its server wants them")
+    p.add_argument("--boundary", action="store_true", help="boundary IoU too")
     p.add_argument("--record", metavar="FILE", help="write the result here (default: RUN/evaluation_SPLIT.json for a run)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -111,7 +113,8 @@ def evaluate(args, settings):
     split = args.split or cfg.data.test
     data = build_dataset(cfg, split)
     device = next(model.parameters()).device
-    result = run_evaluation(model, data, cfg.eval, device, save_dir=args.save, progress=not args.quiet)
+    result = run_evaluation(model, data, cfg.eval, device, save_dir=args.save, progress=not args.quiet, label_ids=args.label_ids,
+                            boundary=args.boundary)
     record = args.record or (Path(args.run) / f"evaluation_{Path(split).stem}.json" if Path(args.run).is_dir() else None)
     if record:
         from mlmsnet.core import save_json
@@ -214,7 +217,7 @@ def report(args, settings):
     write_report(runs, args.out, title=args.title)
     print(f"{len(runs)} runs → {args.out}")
 
-# %% ../nbs/cli.ipynb #5167acd1
+# %% ../nbs/cli.ipynb #eb9abefa
 DEMO_LOSSES = ("cross_entropy", "ohem", "dice_ce")
 
 
@@ -230,11 +233,11 @@ def demo(args, settings):
     "`mlmsnet demo`: MiniCity → three losses → `runs/demo/report.html`"
     from mlmsnet.comparing.report import write_report
     from mlmsnet.data.minicity import MiniCityConfig, write_minicity
-    from mlmsnet.losses.contract import LOSSES
+    from mlmsnet.losses.contract import loss_info
     from mlmsnet.training.config import parse_config
     out, names = Path(args.out), args.losses.split(",")
     for name in names:
-        LOSSES[name]  # a misspelt loss stops here, not after the first two were trained
+        loss_info(name)  # a misspelt loss stops here, not after the first two were trained
     configs = [parse_config("minicity_demo", [*settings, "--loss.name", name, "--data.root", str(out / "minicity")]) for name in names]
     print(f"1/3  drawing {args.images} + {args.images // 5} street scenes in {out / 'minicity'}", flush=True)
     size = configs[0].data.size or (128, 256)

@@ -6,7 +6,7 @@
 __all__ = ['Entry', 'collect', 'short_labels', 'curves_figure', 'class_heatmap', 'figure_svg', 'prediction_grid', 'leaderboard',
            'write_report']
 
-# %% ../../nbs/comparing/report.ipynb #712a1efd
+# %% ../../nbs/comparing/report.ipynb #a77cbaf9
 import base64
 import io
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from .. import viz
 from ..core import DataError, atomic_write, load_json
 from ..data.labels import colorize, get_table, numbered_table
+from ..evaluation.evaluate import load_prediction, prediction_path
 from ..training.config import differences, to_dict
 from ..training.records import RunRecord, load_run
 
@@ -62,11 +63,11 @@ def short_labels(records: list[RunRecord]) -> list[str]:
         labels.append(", ".join(parts) or r.path.name)
     return labels if len(set(labels)) == len(labels) else [str(r.path) for r in records]
 
-# %% ../../nbs/comparing/report.ipynb #9a8b13f3
+# %% ../../nbs/comparing/report.ipynb #1e062163
 def curves_figure(entries: list[Entry]) -> Figure:
     "Training loss and validation mIoU over epochs"
     with rc_context(viz._STYLE):
-        fig = Figure(figsize=(8, 2.8), layout="constrained")
+        fig = viz._figure(8, 2.8)
         for ax, key, name in zip(fig.subplots(1, 2), ("loss", "miou"), ("training loss", "validation mIoU")):
             for i, e in enumerate(entries):
                 x, y = e.record.curve(key)
@@ -82,7 +83,7 @@ def class_heatmap(entries: list[Entry]) -> Figure:
     names = shown[0].record.summary["classes"]
     iou = np.array([[np.nan if v is None else v for v in e.metrics["iou"]] for e in shown], float)
     with rc_context(viz._STYLE):
-        fig = Figure(figsize=(max(6, 0.5 * len(names) + 1.6), 0.42 * len(shown) + 1.3), layout="constrained")
+        fig = viz._figure(max(6, 0.5 * len(names) + 1.6), 0.42 * len(shown) + 1.3)
         ax = fig.subplots()
         ax.imshow(iou, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
@@ -100,7 +101,7 @@ def figure_svg(fig: Figure) -> str:
         fig.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg"):]
 
-# %% ../../nbs/comparing/report.ipynb #13d51ba5
+# %% ../../nbs/comparing/report.ipynb #d22b205b
 def prediction_grid(
     entries: list[Entry],  # Runs with a folder `predictions/`
     dataset,  # The data set that was scored
@@ -108,18 +109,20 @@ def prediction_grid(
     width: int = 300,  # Pixels of one picture
 ) -> list[list[np.ndarray]] | None:
     "Rows of [image, truth, prediction of each run]; None if no run saved predictions"
-    folders = [e.record.path / "predictions" / "gray" for e in entries]
-    if not all(f.is_dir() for f in folders):
+    def path(e, i):
+        return prediction_path(e.record.path / "predictions", dataset.names[i])
+
+    indices = [i for i in range(len(dataset)) if all(path(e, i).exists() for e in entries)]
+    if not indices:
         return None
-    indices = [i for i, n in enumerate(dataset.names) if all((f / f"{n}.png").exists() for f in folders)]
-    best = max(range(len(entries)), key=lambda i: (entries[i].metrics or {}).get("miou") or 0)
-    accuracy = {i: _accuracy(cv2.imread(str(folders[best] / f"{dataset.names[i]}.png"), 0), dataset[i].mask) for i in indices}
+    best = max(entries, key=lambda e: (e.metrics or {}).get("miou") or 0)
+    accuracy = {i: _accuracy(load_prediction(path(best, i)), dataset[i].mask) for i in indices}
     order = sorted(indices, key=accuracy.get)
     chosen = [order[int(q * (len(order) - 1))] for q in np.linspace(0.05, 0.95, min(rows, len(order)))]
     out = []
     for i in chosen:
         s = dataset[i]
-        maps = [s.mask, *(cv2.imread(str(f / f"{dataset.names[i]}.png"), 0) for f in folders)]
+        maps = [s.mask, *(load_prediction(path(e, i)) for e in entries)]
         out.append([_thumbnail(p, width) for p in (s.image, *(colorize(m, dataset.table) for m in maps))])
     return out
 
