@@ -13,7 +13,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-# %% ../../nbs/data/brushes.ipynb #da3ff736
+# %% ../../nbs/data/brushes.ipynb #bf463dc2
 @dataclass(frozen=True)
 class Camera:
     "A pin-hole camera above a flat ground"
@@ -31,15 +31,17 @@ class Camera:
     def turn(self, points: np.ndarray) -> np.ndarray:
         "World ... x 3 -> camera ... x 3: right, up (from the lens), ahead"
         points = np.asarray(points, float)
-        z = points[..., 2]
+        out, z = np.empty(points.shape), points[..., 2]
         dx = points[..., 0] - self.x + self.bend * z * z
         c, s = math.cos(self.yaw), math.sin(self.yaw)
-        return np.stack([c * dx - s * z, points[..., 1] - self.h, s * dx + c * z], -1)
+        out[..., 0], out[..., 1], out[..., 2] = c * dx - s * z, points[..., 1] - self.h, s * dx + c * z
+        return out
 
     def flatten(self, turned: np.ndarray) -> np.ndarray:
         "Camera ... x 3 -> pixels ... x 2"
-        z = np.maximum(turned[..., 2], self.near)
-        return np.stack([self.u0 + self.f * turned[..., 0] / z, self.v0 - self.f * turned[..., 1] / z], -1)
+        out, k = np.empty((*turned.shape[:-1], 2)), self.f / np.maximum(turned[..., 2], self.near)
+        out[..., 0], out[..., 1] = self.u0 + k * turned[..., 0], self.v0 - k * turned[..., 1]
+        return out
 
     def project(self, points) -> np.ndarray:
         "World ... x 3 -> pixels ... x 2 (points behind the camera are not clipped)"
@@ -71,11 +73,11 @@ def clip_near(
             out.append(b)
     return np.array(out).reshape(-1, 3)
 
-# %% ../../nbs/data/brushes.ipynb #c09af9d1
+# %% ../../nbs/data/brushes.ipynb #481a8777
 @cache
 def noise_tile(
     size: int = 256,  # Pixels on a side
-    first: int = 4,  # Grid cells of the coarsest octave
+    first: int = 4,  # Grid cells of the coarsest octave; divides `size`
     octaves: int = 5,  # How many octaves; each has twice the cells
     gain: float = 0.55,  # Amplitude of an octave, relative to the one before
     seed: int = 0,  # Which noise
@@ -93,7 +95,7 @@ def noise_tile(
     total.flags.writeable = False
     return total
 
-# %% ../../nbs/data/brushes.ipynb #7551fbee
+# %% ../../nbs/data/brushes.ipynb #c193b30d
 @dataclass(frozen=True)
 class Light:
     "Sun, sky and air of a scene; colours are RGB gains around 1 or RGB values 0..255"
@@ -115,16 +117,18 @@ class Light:
 
     def lit(self, color, normal=(0, 0.5, -0.86), shadow: float = 0.0) -> tuple[int, int, int]:
         "The colour of a surface in this light, RGB 0..255"
-        facing = max(0.0, normal[0] * self.to_sun[0] + normal[1] * self.to_sun[1] + normal[2] * self.to_sun[2]) * (1 - shadow)
-        return tuple(min(255, int(c * (a + s * facing))) for c, a, s in zip(color, self.ambient, self.sun))
+        d, a, s = self.to_sun, self.ambient, self.sun
+        f = max(0.0, normal[0] * d[0] + normal[1] * d[1] + normal[2] * d[2]) * (1 - shadow)
+        r, g, b = int(color[0] * (a[0] + s[0] * f)), int(color[1] * (a[1] + s[1] * f)), int(color[2] * (a[2] + s[2] * f))
+        return (r if r < 255 else 255, g if g < 255 else 255, b if b < 255 else 255)
 
-# %% ../../nbs/data/brushes.ipynb #2fce47f9
+# %% ../../nbs/data/brushes.ipynb #6f36ab7f
 _SHIFT = 4  # OpenCV draws with 1/16 pixel
 
 
 def fixed(points) -> np.ndarray:
     "Points as OpenCV's fixed-point numbers"
-    return np.rint(np.clip(points, -8000, 8000) * (1 << _SHIFT)).astype(np.int32)
+    return np.rint(np.maximum(np.minimum(points, 8000), -8000) * (1 << _SHIFT)).astype(np.int32)
 
 
 @dataclass
@@ -145,12 +149,17 @@ class Canvas:
         "Paint a polygon (N x 2 pixels, fractions allowed), antialiased; keeps no books"
         cv2.fillPoly(self.image, [fixed(points)], color, cv2.LINE_AA, _SHIFT)
 
+    def fill_many(self, polygons: np.ndarray, color):
+        "Paint polygons (n x corners x 2) that do not overlap, in one colour"
+        if len(polygons):
+            cv2.fillPoly(self.image, list(fixed(polygons)), color, cv2.LINE_AA, _SHIFT)
+
     def box(self, polygons, margin: int = 0):
         "The part of the image that polygons touch: x0, y0, x1, y1, or None"
-        x0 = max(0, int(min(p[:, 0].min() for p in polygons)) - margin)
-        y0 = max(0, int(min(p[:, 1].min() for p in polygons)) - margin)
-        x1 = min(self.cam.width, int(max(p[:, 0].max() for p in polygons)) + 2 + margin)
-        y1 = min(self.cam.height, int(max(p[:, 1].max() for p in polygons)) + 2 + margin)
+        points = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
+        (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+        x0, y0 = max(0, int(left) - margin), max(0, int(top) - margin)
+        x1, y1 = min(self.cam.width, int(right) + 2 + margin), min(self.cam.height, int(bottom) + 2 + margin)
         return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
     def stamp(self, label: str, polygons: list, distance):
@@ -159,29 +168,30 @@ class Canvas:
         if box is None:
             return
         x0, y0, x1, y1 = box
+        if len(polygons) > 4 and max(x1 - x0, y1 - y0) <= 14:              # so small that the hull will do
+            polygons = [cv2.convexHull(np.concatenate(polygons).astype(np.float32))[:, 0]]
         mask = self._mask[y0:y1, x0:x1]
         mask[:] = 0
         for p in polygons:
             cv2.fillPoly(mask, [fixed(p - (x0, y0))], 255, cv2.LINE_8, _SHIFT)
         self.stamp_mask(label, mask, (x0, y0), distance)
 
-    def stamp_mask(self, label: str, mask: np.ndarray, corner, distance):
-        "The same for a mask (uint8, 255 inside) whose upper left pixel is `corner`"
+    def stamp_mask(self, label: str, mask: np.ndarray, corner, distance, within: float = 0.6):
+        "The same for a mask (uint8, 255 inside) whose upper left pixel is `corner`; the outline may be off by `within` pixels"
         x0, y0 = corner
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         for c in sorted(contours, key=len, reverse=True)[:8]:
-            c = cv2.approxPolyDP(c, 0.6, True)[:, 0]
+            c = cv2.approxPolyDP(c, within, True)[:, 0]
             if len(c) >= 3:
-                self.objects.append({"label": label, "polygon": (c + (x0, y0)).tolist()})
+                self.objects.append({"label": label, "polygon": (c + np.int32((x0, y0))).tolist()})
         h, w = mask.shape
-        part = self.depth[y0:y0 + h, x0:x0 + w]
-        cv2.copyTo(np.broadcast_to(np.float32(distance), mask.shape).copy(), mask, part)
+        self.depth[y0:y0 + h, x0:x0 + w][mask > 0] = distance
 
-# %% ../../nbs/data/brushes.ipynb #55f3a9aa
+# %% ../../nbs/data/brushes.ipynb #07285970
 @dataclass(frozen=True)
 class Sprite:
     "Brightness and opacity of a thing, lit from the left"
-    tone: np.ndarray  # h x w float32, about 0.2 .. 1.3
+    tone: np.ndarray  # h x w uint8, 200 is full light
     alpha: np.ndarray  # h x w uint8
 
 
@@ -207,20 +217,22 @@ def blend_sprite(
     c, d = (y0 - v) / h * sh, (y1 - v) / h * sh
     if flip:
         a, b = sw - b, sw - a
-    cols, rows = slice(max(0, int(a)), max(int(a) + 1, int(math.ceil(b)))), slice(max(0, int(c)), max(int(c) + 1, int(math.ceil(d))))
+    a, c = min(max(0, int(a)), sw - 1), min(max(0, int(c)), sh - 1)
+    cols, rows = slice(a, max(a + 1, math.ceil(b))), slice(c, max(c + 1, math.ceil(d)))
     size = (x1 - x0, y1 - y0)
     how = cv2.INTER_AREA if sw > w else cv2.INTER_LINEAR
     tone, alpha = cv2.resize(sprite.tone[rows, cols], size, interpolation=how), cv2.resize(sprite.alpha[rows, cols], size, interpolation=how)
     if flip:
-        tone, alpha = tone[:, ::-1], np.ascontiguousarray(alpha[:, ::-1])
+        tone, alpha = cv2.flip(tone, 1), cv2.flip(alpha, 1)
     dark, bright = np.float32(dark), np.float32(bright)
-    color = np.clip(tone[..., None] * (bright - dark) + dark, 0, 255).astype(np.uint8)
+    ramp = np.clip(np.arange(256, dtype=np.float32)[:, None] / 200 * (bright - dark) + dark, 0, 255).astype(np.uint8)
+    color = cv2.LUT(cv2.merge([tone, tone, tone]), ramp[None])           # from tone to colour by a table of 256
     part = canvas.image[y0:y1, x0:x1]
     weight = alpha.astype(np.float32) / 255
     part[:] = cv2.blendLinear(color, np.ascontiguousarray(part), weight, 1 - weight)
     return alpha, (x0, y0)
 
-# %% ../../nbs/data/brushes.ipynb #dabf0c78
+# %% ../../nbs/data/brushes.ipynb #43eeb51c
 _CROWNS = {  # half width and half height of the crown's body, where its widest part is (0 top .. 1 bottom)
     "round": (.47, .46, .5), "oval": (.36, .48, .55), "column": (.2, .49, .6), "cone": (.4, .49, .9), "bush": (.48, .44, .7)}
 
@@ -253,4 +265,4 @@ def crown(
         cv2.fillPoly(alpha, [fixed(leaf)], 255, cv2.LINE_8, _SHIFT)
     grain = noise_tile(256, 32, 3, .8, seed)[:size, :size]
     tone = cv2.GaussianBlur(tone, (0, 0), 1.2) * (1 + .2 * grain) + .07 * grain
-    return Sprite(np.clip(tone, 0, 1.25).astype(np.float32), cv2.GaussianBlur(alpha, (0, 0), .7))
+    return Sprite(np.clip(tone * 200, 0, 255).astype(np.uint8), cv2.GaussianBlur(alpha, (0, 0), .7))

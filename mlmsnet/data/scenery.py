@@ -17,30 +17,28 @@ import numpy as np
 
 from .brushes import Camera, Canvas, Light, blend_sprite, clip_near, crown, noise_tile
 
-# %% ../../nbs/data/scenery.ipynb #0955b9bc
+# %% ../../nbs/data/scenery.ipynb #00acb3a7
 def paint_sky(canvas: Canvas, dice: random.Random):
     "Fill the whole image with sky and write it down as the first object"
     cam, light = canvas.cam, canvas.light
     H, W = canvas.depth.shape
-    rows = min(H, max(2, int(cam.v0) + 3))
-    t = np.clip(np.linspace(1, 0, rows, dtype=np.float32) * cam.v0 / (0.45 * cam.f), 0, 1)[:, None, None] ** 0.8
-    sky = (np.float32(light.zenith) * t + np.float32(light.horizon) * (1 - t)) + np.zeros((rows, W, 1), np.float32)
+    full = min(H, max(4, int(cam.v0) + 3))
+    rows, cols = (full + 1) // 2, (W + 1) // 2                           # the sky is smooth: half the size will do
+    v, u = np.arange(rows, dtype=np.float32)[:, None] * 2, np.arange(cols, dtype=np.float32)[None] * 2
+    t = np.clip((cam.v0 - v) / (0.45 * cam.f), 0, 1)[..., None] ** 0.8
+    sky = (np.float32(light.zenith) * t + np.float32(light.horizon) * (1 - t)) + np.zeros((rows, cols, 1), np.float32)
     if light.to_sun[2] > 0:                                          # the sun is ahead: a glow
-        u = cam.u0 + cam.f * light.to_sun[0] / light.to_sun[2]
-        v = cam.v0 - cam.f * light.to_sun[1] / light.to_sun[2]
-        d2 = ((np.arange(W, dtype=np.float32)[None] - u) ** 2 + (np.arange(rows, dtype=np.float32)[:, None] - v) ** 2) / (0.35 * cam.f) ** 2
-        sky += np.exp(-d2)[..., None] * (70 * np.float32(light.sun))
+        su = cam.u0 + cam.f * light.to_sun[0] / light.to_sun[2]
+        sv = cam.v0 - cam.f * light.to_sun[1] / light.to_sun[2]
+        sky += np.exp(-((u - su) ** 2 + (v - sv) ** 2) / (0.35 * cam.f) ** 2)[..., None] * (70 * np.float32(light.sun))
     if light.clouds > 0:
-        tile = noise_tile(256, 4, 6, .55, 1)
-        far = 1 / (np.linspace(1, .08, rows, dtype=np.float32)[:, None] + .06)          # 1 / elevation
-        x = (np.arange(W, dtype=np.float32)[None] - cam.u0) / cam.f * far * 60 + dice.random() * 256
-        y = far * 40 + dice.random() * 256 + np.zeros((1, W), np.float32)
-        cover = cv2.remap(np.tile(tile, (2, 2)), x % 256, y % 256, cv2.INTER_LINEAR)
+        far = 1 / (np.clip((cam.v0 - v) / cam.v0, 0, 1) + .14)        # clouds near the horizon are far away
+        x, y = (u - cam.u0) / cam.f * far * 90 + dice.random() * 256, far * 50 + dice.random() * 256 + 0 * u
+        cover = cv2.remap(noise_tile(256, 4, 6, .55, 1), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         cover = np.clip((cover + 2.4 * light.clouds - 1.1) * .7, 0, 1)[..., None] * (.35 + .5 * light.clouds)
-        white = np.float32(light.horizon) * (1.02 + .08 * (1 - cover)) + 12 * (1 - light.clouds)
-        sky += (white - sky) * cover
-    canvas.image[:rows] = np.clip(sky, 0, 255).astype(np.uint8)
-    canvas.image[rows:] = canvas.image[rows - 1]
+        sky += (np.float32(light.horizon) * (1.02 + .08 * (1 - cover)) + 12 * (1 - light.clouds) - sky) * cover
+    canvas.image[:full] = cv2.resize(np.clip(sky, 0, 255).astype(np.uint8), (W, full))
+    canvas.image[full:] = canvas.image[full - 1]
     canvas.objects.append({"label": "sky", "polygon": [[0, 0], [W - 1, 0], [W - 1, H - 1], [0, H - 1]]})
 
 # %% ../../nbs/data/scenery.ipynb #ab4f3998
@@ -77,28 +75,28 @@ def paint_cross(canvas: Canvas, label: str | None, z0: float, z1: float, color, 
     if label:
         canvas.stamp(label, [points], 1000.0)
 
-# %% ../../nbs/data/scenery.ipynb #39f1e57e
+# %% ../../nbs/data/scenery.ipynb #306d5e83
 def finish_ground(canvas: Canvas, shadows: list, dice: random.Random, rough: float = 1.0):
     "Grain and shadows for all that lies below the horizon, and its depth; `shadows`: (N x 3 world points, darkness 0..1, blur in pixels)"
-    cam, light = canvas.cam, canvas.light
+    cam = canvas.cam
     H, W = canvas.depth.shape
     top = max(0, int(cam.v0) + 2)
     if top >= H:
         return
-    depth = (cam.f * cam.h / (np.arange(top, H, dtype=np.float32) + .5 - cam.v0))[:, None]
-    right = (np.arange(W, dtype=np.float32)[None] - cam.u0) / cam.f * depth
-    c, s = math.cos(cam.yaw), math.sin(cam.yaw)
-    z = depth * c - right * s
-    x = right * c + depth * s + cam.x - cam.bend * z * z
-    fine, coarse = noise_tile(256, 64, 3, .9, 2), noise_tile(256, 4, 6, .6, 3)
+    depth = (cam.f * cam.h / (np.arange(top, H, dtype=np.float32) + np.float32(.5 - cam.v0)))[:, None]
+    slope = (np.arange(W, dtype=np.float32)[None] - np.float32(cam.u0)) / np.float32(cam.f)
+    c, s = np.float32(math.cos(cam.yaw)), np.float32(math.sin(cam.yaw))
+    z = depth * (c - slope * s)
+    x = depth * (slope * c + s) - np.float32(cam.bend) * z * z
     ox, oz = dice.random() * 256, dice.random() * 256
-    grain = cv2.remap(fine, (x * 40 + ox) % 255, (z * 24 + oz) % 255, cv2.INTER_LINEAR) * np.minimum(1, 9 / depth) * .045
-    grain += cv2.remap(coarse, (x * 5 + ox) % 255, (z * 2.2 + oz) % 255, cv2.INTER_LINEAR) * np.minimum(1, 50 / depth) * .05
-    gain = 1 + rough * grain
+    gain = cv2.remap(noise_tile(256, 4, 6, .6, 3), x * 5 + np.float32(ox), z * np.float32(2.2) + np.float32(oz), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    gain = 1 + gain * (np.minimum(1, 50 / depth) * np.float32(.05 * rough))
+    near = int(np.searchsorted(-depth[:, 0], -45))                       # fine grain is seen up to 45 m
+    fine = cv2.remap(noise_tile(256, 64, 2, .9, 2), x[near:] * 40 + np.float32(ox), z[near:] * 24 + np.float32(oz), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    gain[near:] += fine * (np.minimum(1, 9 / depth[near:]) * np.float32(.045 * rough))
     if shadows:
         gain *= _shadow_map(canvas, shadows, top)
-    part = canvas.image[top:]
-    part[:] = np.clip(part * gain[..., None], 0, 255).astype(np.uint8)
+    canvas.image[top:] = cv2.multiply(canvas.image[top:], cv2.merge([gain, gain, gain]), dtype=cv2.CV_8U)
     canvas.depth[top:] = np.minimum(depth, 400)
 
 
@@ -196,7 +194,7 @@ def window_cell(style: int) -> np.ndarray:
         cell[-1:, :, 2] = np.maximum(cell[-1:, :, 2], .4)
     return cell
 
-# %% ../../nbs/data/scenery.ipynb #8abfab75
+# %% ../../nbs/data/scenery.ipynb #5a5c34ff
 def facade_texture(
     dice: random.Random,
     light: Light,
@@ -209,44 +207,53 @@ def facade_texture(
     gain: np.ndarray,  # RGB gain of the light on this wall
     sunlit: float = 1.0,  # Upper share of the wall that the sun reaches
     shaded: np.ndarray | None = None,  # RGB gain in the shadow
+    skip: int = 0,  # Upper floors that are out of sight
 ) -> np.ndarray:
     "Texture of a facade, uint8 RGB, row 0 at the eaves"
     h, w = cell
-    upper, lower = (cv2.resize(window_cell(k), (w, h), interpolation=cv2.INTER_AREA).reshape(h, w, 3) for k in (style, ground))
-    masks = np.concatenate([np.tile(upper, (floors - 1, bays, 1)), np.tile(lower, (1, bays, 1))]) if floors > 1 else np.tile(lower, (1, bays, 1))
-    glass, frame, shade = masks[..., :1], masks[..., 1:2], masks[..., 2:]
-    n = floors * bays
-    pane = np.array([dice.random() for _ in range(n)], np.float32).reshape(floors, bays)
-    lamp = (pane < .45 * light.dusk).repeat(h, 0).repeat(w, 1)[..., None]
-    mirror = (np.linspace(1.15, .45, floors, dtype=np.float32)[:, None] * (.35 + .65 * pane)).repeat(h, 0).repeat(w, 1)[..., None]
-    blind = ((pane > .82) * .6).astype(np.float32).repeat(h, 0).repeat(w, 1)[..., None]      # curtains drawn
-    wall, gain = np.float32(wall), np.float32(gain)
-    rows, cols = floors * h, bays * w
-    grain = noise_tile(256, 8, 5, .7, 5)
-    ox, oy = int(dice.random() * 200), int(dice.random() * 200)
-    grain = np.take(np.take(grain, (np.arange(rows) * 2 + oy) % 256, 0), (np.arange(cols) * 2 + ox) % 256, 1)[..., None]
-    height = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
-    soot = 1 - .22 * np.clip((height - .8) * 5, 0, 1) + .035 * grain          # darker towards the pavement
+    wall = np.float32(wall)
     trim = .75 * wall + 70 if sum(wall) < 560 else wall * .82
-    solid = (wall * (1 - frame) + trim * frame) * soot * (1 - .55 * shade)
-    here = np.where(height < sunlit, gain, gain if shaded is None else np.float32(shaded))
-    solid = solid * here
-    reflection = np.float32(light.horizon) * .5 * mirror * (.4 + .6 * here) + 12
-    indoors = np.where(lamp, np.float32([255, 205, 130]) * (.55 + .4 * pane.repeat(h, 0).repeat(w, 1)[..., None]), reflection)
-    indoors = indoors * (1 - blind) + blind * np.float32([215, 208, 196]) * here
-    return np.clip(solid * (1 - glass) + indoors * (1 - .7 * shade) * glass, 0, 255).astype(np.uint8)
+    solid, glass = [], []
+    for k in (style, ground):                                            # all that is the same in every cell, once
+        mask = cv2.resize(window_cell(k), (w, h), interpolation=cv2.INTER_AREA).reshape(h, w, 3)
+        pane, frame, shade = mask[..., :1], mask[..., 1:2], mask[..., 2:]
+        solid.append((wall * (1 - frame) + trim * frame) * (1 - .55 * shade) * (1 - pane))
+        glass.append(pane * (1 - .7 * shade))
+    solid, glass = (np.concatenate([np.tile(part[0], (floors - 1 - skip, bays, 1)), np.tile(part[1], (1, bays, 1))]) for part in (solid, glass))
+    rows, cols = (floors - skip) * h, bays * w
+    height = np.linspace(skip / floors, 1, rows, dtype=np.float32)[:, None]
+    here = np.where((height < sunlit)[..., None], np.float32(gain), np.float32(gain if shaded is None else shaded))          # rows x 1 x 3
+    ox, oy = int(dice.random() * 256), int(dice.random() * 256)
+    grain = noise_tile(256, 8, 5, .7, 5)[((np.arange(rows) * 2 + oy) % 256)[:, None], ((np.arange(cols) * 2 + ox) % 256)[None]]
+    soot = 1 - .22 * np.clip((height - .8) * 5, 0, 1) + .035 * grain     # darker towards the pavement
+    solid *= soot[..., None]
+    solid *= here
+    # the panes: a mirror of the sky, a curtain, or a lamp
+    pane = np.array([dice.random() for _ in range(floors * bays)], np.float32).reshape(floors, bays)[skip:]
+    mirror = np.linspace(1.15, .45, floors, dtype=np.float32)[skip:, None] * (.35 + .65 * pane)
+    lit = here[h // 2::h][:len(pane)]
+    inside = np.float32(light.horizon) * .5 * mirror[..., None] * (.4 + .6 * lit) + 12
+    inside = np.where((pane > .82)[..., None], .4 * inside + .6 * np.float32([215, 208, 196]) * lit, inside)
+    inside = np.where((pane < .45 * light.dusk)[..., None], np.float32([255, 205, 130]) * (.55 + .8 * pane[..., None]), inside)
+    inside = cv2.resize(inside.reshape(len(pane), bays, 3), (cols, rows), interpolation=cv2.INTER_NEAREST)
+    solid += inside * glass
+    return cv2.convertScaleAbs(solid)
 
-# %% ../../nbs/data/scenery.ipynb #71ceb452
+# %% ../../nbs/data/scenery.ipynb #9408de2a
+_STEPS = np.linspace(0, 1, 25)
+
+
 def visible_range(cam: Camera, p0, p1):
     "The part [a, b] of the ground line p0 -> p1 (x, z) that is in sight, or None"
-    t = np.linspace(0, 1, 41)
-    line = np.stack([p0[0] + (p1[0] - p0[0]) * t, np.zeros(41), p0[1] + (p1[1] - p0[1]) * t], -1)
+    t = _STEPS
+    line = np.stack([p0[0] + (p1[0] - p0[0]) * t, 0 * t, p0[1] + (p1[1] - p0[1]) * t], -1)
     turned = cam.turn(line)
     u = cam.flatten(turned)[:, 0]
     ok = np.flatnonzero((turned[:, 2] > cam.near) & (u > -40) & (u < cam.width + 40))
     if len(ok) == 0:
         return None
-    return t[max(0, ok[0] - (turned[max(0, ok[0] - 1), 2] > cam.near))], t[min(40, ok[-1] + (turned[min(40, ok[-1] + 1), 2] > cam.near))]
+    a, b = max(0, ok[0] - 1), min(len(t) - 1, ok[-1] + 1)              # one step more on both sides, if that is ahead of us
+    return t[a if turned[a, 2] > cam.near else ok[0]], t[b if turned[b, 2] > cam.near else ok[-1]]
 
 
 def wall_quad(cam: Camera, p0, p1, a: float, b: float, y0: float, y1: float):
@@ -272,10 +279,11 @@ def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndar
     cv2.copyTo(warped, mask, canvas.image[y0:y1, x0:x1])
     ua, ub = local[0, 0], local[1, 0]
     t = np.clip((np.arange(x1 - x0, dtype=np.float32) - ua) / (ub - ua if abs(ub - ua) > 1e-3 else 1e-3), 0, 1)
-    depth = 1 / ((1 - t) / za + t / zb)
-    cv2.copyTo(np.broadcast_to(depth.astype(np.float32), mask.shape).copy(), mask, canvas.depth[y0:y1, x0:x1])
+    depth = (1 / ((1 - t) / za + t / zb)).astype(np.float32)
+    part = canvas.depth[y0:y1, x0:x1]
+    np.copyto(part, np.broadcast_to(depth, mask.shape), where=mask > 0)
 
-# %% ../../nbs/data/scenery.ipynb #41b83e1c
+# %% ../../nbs/data/scenery.ipynb #449c89ee
 WALLS = ((206, 186, 150), (190, 160, 128), (216, 208, 192), (168, 120, 96), (150, 92, 74), (196, 190, 180), (176, 168, 150), (222, 202, 166),
          (140, 136, 132), (186, 140, 110), (204, 180, 172), (160, 164, 168), (228, 220, 206), (178, 150, 120), (120, 104, 94), (198, 198, 202))
 ROOFS = ((120, 70, 56), (96, 60, 52), (84, 84, 90), (70, 72, 78), (134, 88, 66), (104, 96, 92))
@@ -291,7 +299,8 @@ def paint_house(
     kind: str = "block",  # block, office, house
     opposite: float = 0.0,  # Height of the houses across: they cast shadows
     across: float = 18.0,  # Distance of the houses across
-    deep: float = 12.0,  # Depth of the house, metres
+    deep: float = 11.0,  # Depth of the house, metres
+    end: bool = True,  # Is the end that looks at us free?
 ):
     "A house whose front looks at the street"
     dice, cam, light = random.Random(seed), canvas.cam, canvas.light
@@ -303,10 +312,11 @@ def paint_house(
     bright = .8 + .25 * dice.random()
     wall = [c * bright * (.96 + .08 * dice.random()) for c in dice.choice(WALLS)]
     roof = dice.choice(ROOFS)
-    pitch = 0.0 if kind == "office" else dice.choice((0, 1.8, 2.6)) if kind == "block" else 2.4 + dice.random()
+    pitch = 0.0 if kind == "office" else dice.choice((0, 1.8, 2.6)) if kind == "block" else 3.2 + 1.4 * dice.random()
+    ridge = 1.5 if kind == "block" else deep / 2                           # how far behind the front the roof ends
     d = light.to_sun
     # the end that looks at the camera, then the front, then the roof
-    ends = [((x, z0), (x + side * deep, z0), (0, 0, -1), 0.0)] if z0 > 3 else []
+    ends = [((x, z0), (x + side * deep, z0), (0, 0, -1), 0.0)] if end and z0 > 3 else []
     fronts = [((x, z0), (x, z1), (-side, 0, 0), 1.0)]
     for p0, p1, normal, street in ends + fronts:
         seen = visible_range(cam, p0, p1)
@@ -319,20 +329,27 @@ def paint_house(
         length = math.hypot(p1[0] - p0[0], p1[1] - p0[1])
         bays = max(1, round(length / (2.6 if street else 3.4)))
         first, last = int(a * bays), min(bays, int(math.ceil(b * bays + 1e-6)))
-        k = cam.f / min(za, zb)
-        cell = (int(min(72, max(3, 1.1 * k * height / floors * .8))), int(min(72, max(3, 1.5 * abs(quad[1, 0] - quad[0, 0]) / max(b - a, 1e-3) / bays))))
+        skip = min(floors - 1, max(0, int((height - cam.h - (cam.v0 + 4) * max(za, zb) / cam.f) / height * floors)))
+        k = 1.7 * cam.f / (za + zb)
+        cell = (int(min(44, max(3, k * height / floors))), int(min(44, max(3, 1.3 * abs(quad[1, 0] - quad[0, 0]) / max(b - a, 1e-3) / bays))))
         facing = sum(n * s for n, s in zip(normal, d))
         sunlit = 1.0
         if street and facing > 0 and opposite > 0 and abs(d[0]) > .05:      # how far down the front the sun reaches
             sunlit = min(1.0, max(0.0, (height - max(0.0, opposite - across * d[1] / abs(d[0]))) / height))
         texture = facade_texture(dice, light, last - first, floors, cell, style, ground if street else style, wall,
-                                 light.gain(normal), sunlit, light.gain(normal, 1.0))
+                                 light.gain(normal), sunlit, light.gain(normal, 1.0), skip)
         th, tw = texture.shape[:2]
         sa, sb = (a * bays - first) / (last - first) * tw, (b * bays - first) / (last - first) * tw
-        paste(canvas, texture, np.float32([[sa, 0], [sb, 0], [sb, th], [sa, th]]), quad, za, zb)
+        shown = quad if not skip else wall_quad(cam, p0, p1, a, b, 0, height * (1 - skip / floors))[0]
+        paste(canvas, texture, np.float32([[sa, 0], [sb, 0], [sb, th], [sa, th]]), shown, za, zb)
         outline.append(quad)
         if street:
-            outline += _roof(canvas, p0, p1, a, b, height, pitch, side, light.lit(roof, (-side * .5, .85, 0)), trim=light.lit([c * .75 for c in wall], normal))
+            outline += _roof(canvas, p0, p1, a, b, height, pitch, side * ridge, light.lit(roof, (-side * .5, .85, 0)), trim=light.lit([c * .75 for c in wall], normal))
+        elif pitch and za > 2:                                             # the gable, or the end of a mansard roof
+            inner = [(x + side * ridge, height + pitch, z0), (x + side * (deep - ridge), height + pitch, z0)][:2 if kind == "block" else 1]
+            gable = cam.project([(x, height - .05, z0), *inner, (x + side * deep, height - .05, z0)])
+            canvas.fill(gable, light.lit(roof if kind == "block" else wall, normal))
+            outline.append(gable)
     if outline:
         depth = cam.point(x, 0, (z0 + z1) / 2)[2]
         x0, y0, x1, y1 = canvas.box(outline) or (0, 0, 0, 0)
@@ -343,12 +360,11 @@ def paint_house(
         canvas.depth[y0:y1, x0:x1][near] = before[near]
 
 
-def _roof(canvas, p0, p1, a, b, height, pitch, side, color, trim):
-    cam = canvas.cam
-    over = []
+def _roof(canvas, p0, p1, a, b, height, pitch, ridge, color, trim):
+    cam, side, over = canvas.cam, math.copysign(1, ridge), []
     if pitch:
         (xa, za), (xb, zb) = ((p0[0] + (p1[0] - p0[0]) * t, p0[1] + (p1[1] - p0[1]) * t) for t in (a, b))
-        quad = cam.flatten(cam.turn([[xa - side * .3, height, za], [xb - side * .3, height, zb], [xb + side * 1.6, height + pitch, zb], [xa + side * 1.6, height + pitch, za]]))
+        quad = cam.flatten(cam.turn([[xa - side * .3, height, za], [xb - side * .3, height, zb], [xb + ridge, height + pitch, zb], [xa + ridge, height + pitch, za]]))
         canvas.fill(quad, color)
         over.append(quad)
     band, _, _ = wall_quad(cam, (p0[0] - side * .15, p0[1]), (p1[0] - side * .15, p1[1]), a, b, height - .15, height + .2)
@@ -356,7 +372,7 @@ def _roof(canvas, p0, p1, a, b, height, pitch, side, color, trim):
     over.append(band)
     return over
 
-# %% ../../nbs/data/scenery.ipynb #37019557
+# %% ../../nbs/data/scenery.ipynb #36be8172
 LEAVES = (((26, 42, 20), (138, 164, 78)), ((20, 38, 22), (104, 142, 70)), ((34, 46, 18), (164, 172, 84)), ((28, 40, 26), (120, 144, 92)),
           ((56, 38, 16), (196, 150, 62)), ((22, 34, 24), (88, 124, 74)))
 
@@ -366,14 +382,14 @@ def paint_crown(canvas: Canvas, kind: str, seed: int, u: float, v: float, w: flo
     light = canvas.light
     gain = light.gain((-.6 if light.to_sun[0] < 0 else .6, .6, -.5))
     dark, bright = (np.float32(c) * g for c, g in zip(LEAVES[tint], (np.float32(light.ambient) * 1.5, gain)))
-    painted = blend_sprite(canvas, crown(kind, seed % 5), u, v, w, h, dark, bright, flip=light.to_sun[0] > 0)
+    painted = blend_sprite(canvas, crown(kind, seed % 3), u, v, w, h, dark, bright, flip=light.to_sun[0] > 0)
     if painted is None:
         return
     alpha, corner = painted
     mask = np.where(alpha > 110, 255, 0).astype(np.uint8)
-    k = 3 if w < 60 else 5
+    k = 3 if w < 40 else 5 if w < 120 else 7
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((k, k), np.uint8))
-    canvas.stamp_mask(label, mask, corner, depth)
+    canvas.stamp_mask(label, mask, corner, depth, 1.0)
 
 
 def paint_tree(canvas: Canvas, seed: int, x: float, z: float, height: float, kind: str = "round", tint: int = 0):
@@ -407,7 +423,7 @@ def paint_hedge(canvas: Canvas, seed: int, x: float, z0: float, z1: float, heigh
             s = height * (.92 + .2 * dice.random())
             paint_crown(canvas, "bush", int(dice.random() * 5), u - .9 * s * k, v - s * k, 1.8 * s * k, 1.08 * s * k, tint, depth)
 
-# %% ../../nbs/data/scenery.ipynb #fc786529
+# %% ../../nbs/data/scenery.ipynb #3e0422d8
 def paint_wall(canvas: Canvas, seed: int, x: float, z0: float, z1: float, height: float, color=(150, 140, 128), label: str = "wall"):
     "A piece of wall along the street"
     seen = visible_range(canvas.cam, (x, z0), (x, z1))
@@ -460,8 +476,7 @@ def paint_fence(canvas: Canvas, seed: int, x: float, z0: float, z1: float, heigh
     z = np.arange(z0 + a * (z1 - z0), z0 + b * (z1 - z0), spacing)
     if len(z):
         posts = cam.project(np.stack([np.stack([np.full_like(z, x), np.full_like(z, y), z + dz], -1) for dz, y in ((0, top), (wide, top), (wide, 0), (0, 0))], 1))
-        for p in posts:
-            canvas.fill(p, color)
+        canvas.fill_many(posts, color)
     if kind == "mesh":
         mesh = quad.copy()
         part = canvas.box([mesh])
@@ -472,7 +487,7 @@ def paint_fence(canvas: Canvas, seed: int, x: float, z0: float, z1: float, heigh
             canvas.image[y0:y1, x0:x1] = cv2.addWeighted(veil, .7, canvas.image[y0:y1, x0:x1], .3, 0)
     canvas.stamp(label, [quad], (za + zb) / 2)
 
-# %% ../../nbs/data/scenery.ipynb #db2b93c6
+# %% ../../nbs/data/scenery.ipynb #68f4d063
 def _bar(u0, v0, u1, v1, half) -> np.ndarray:
     "A bar between two pixels"
     dx, dy = u1 - u0, v1 - v0
@@ -520,7 +535,7 @@ def paint_sign(canvas: Canvas, seed: int, x: float, z: float, height: float = 2.
     dice = random.Random(seed)
     kind = kind or dice.choice(SIGNS)
     if pole:
-        paint_pole(canvas, x, z + .05, height + .25, .075, (150, 152, 152))
+        paint_pole(canvas, x, z + .05, height + .25, .06, (150, 152, 152))
     u, v, depth, k = canvas.cam.point(x, height, z)
     r = (.36 + .08 * dice.random()) * k
     if depth < canvas.cam.near * 2 or r < .9:
@@ -569,7 +584,7 @@ def paint_sign(canvas: Canvas, seed: int, x: float, z: float, height: float = 2.
 def paint_signal(canvas: Canvas, seed: int, x: float, z: float, height: float = 3.0, arm: float = 0.0):
     "A traffic light on its pole; with an `arm` a second one hangs over the road"
     dice = random.Random(seed)
-    paint_pole(canvas, x, z + .05, height + (2.6 if arm else .35), .14, (92, 96, 92))
+    paint_pole(canvas, x, z + .05, height + (2.6 if arm else .35), .11, (92, 96, 92))
     heads = [(x, height)]
     if arm:
         u, v, _, k = canvas.cam.point(x, height + 2.5, z)

@@ -15,9 +15,9 @@ import numpy as np
 from .brushes import Canvas
 from .scenery import _bar, _disc
 
-# %% ../../nbs/data/traffic.ipynb #eead24d5
+# %% ../../nbs/data/traffic.ipynb #3e04801d
 class Frame:
-    "Local coordinates of a vehicle: l ahead of its middle, y up, w to its right, metres"
+    "Local coordinates of a vehicle: e ahead of its middle, y up, w to its right, metres"
 
     def __init__(self, canvas: Canvas, x: float, z: float, heading: float):
         self.cam, self.light, self.canvas = canvas.cam, canvas.light, canvas
@@ -29,32 +29,37 @@ class Frame:
     def world(self, lyw) -> np.ndarray:
         "... x 3 local -> ... x 3 world"
         p = np.asarray(lyw, float)
-        along, up, across = p[..., 0], p[..., 1], p[..., 2]
-        return np.stack([self.x + along * self.ahead[0] + across * self.right[0], up, self.z + along * self.ahead[1] + across * self.right[1]], -1)
+        out, along, across = p.copy(), p[..., 0], p[..., 2]
+        out[..., 0] = self.x + along * self.ahead[0] + across * self.right[0]
+        out[..., 2] = self.z + along * self.ahead[1] + across * self.right[1]
+        return out
 
     def pixels(self, lyw) -> np.ndarray:
         "... x 3 local -> ... x 2 pixels"
         return self.cam.project(self.world(lyw))
 
-    def normal(self, l, y, w):
+    def normal(self, e, y, w):
         "A local direction in the world"
-        return l * self.ahead[0] + w * self.right[0], y, l * self.ahead[1] + w * self.right[1]
+        return e * self.ahead[0] + w * self.right[0], y, e * self.ahead[1] + w * self.right[1]
 
 
 def _seen(p: np.ndarray) -> bool:
     "Do the corners run clockwise on the image (rows grow downwards)?"
-    x, y = p[:, 0], p[:, 1]
-    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) > 0.6
+    area, (a, b) = 0.0, p[-1].tolist()
+    for x, y in p.tolist():
+        area += a * y - b * x
+        a, b = x, y
+    return area > 0.6
 
 
 def extrude(frame: Frame, lower: list, half: float, upper_half: float | None = None):
-    "Faces of a profile (l, y points, from rear bottom over the top to front bottom) pulled to both sides: yields (pixels, normal, which)"
+    "Faces of a profile (e, y points, from rear bottom over the top to front bottom) pulled to both sides: yields (pixels, normal, which)"
     upper_half = half if upper_half is None else upper_half
     base = min(y for _, y in lower)
     top = max(y for _, y in lower)
     widths = [half + (upper_half - half) * (y - base) / max(top - base, 1e-6) for _, y in lower]
-    left = frame.pixels([(l, y, -w) for (l, y), w in zip(lower, widths)])
-    right = frame.pixels([(l, y, w) for (l, y), w in zip(lower, widths)])
+    left = frame.pixels([(e, y, -w) for (e, y), w in zip(lower, widths)])
+    right = frame.pixels([(e, y, w) for (e, y), w in zip(lower, widths)])
     for side, name, w in ((left, "left", -1), (right[::-1], "right", 1)):
         if _seen(side[::-1]):
             yield side, frame.normal(0, .12, w), name
@@ -65,8 +70,8 @@ def extrude(frame: Frame, lower: list, half: float, upper_half: float | None = N
             n = math.hypot(l1 - l0, y1 - y0) or 1
             yield quad, frame.normal(-(y1 - y0) / n, (l1 - l0) / n, 0), i
 
-# %% ../../nbs/data/traffic.ipynb #51793781
-CARS = {  # length, width, height; body; glass house; from rear (l=-.5) to front (l=.5)
+# %% ../../nbs/data/traffic.ipynb #40ae43e9
+CARS = {  # length, width, height; body; glass house; from rear (e=-.5) to front (e=.5)
     "hatch": ((3.9, 1.72, 1.48), [(-.5, .17), (-.5, .44), (-.485, .62), (.18, .64), (.42, .52), (.5, .42), (.5, .17)], [(-.485, .62), (-.4, .97), (-.33, 1), (-.02, 1), (.2, .64)]),
     "sedan": ((4.6, 1.78, 1.45), [(-.5, .18), (-.5, .5), (-.48, .62), (-.32, .66), (.16, .65), (.43, .54), (.5, .42), (.5, .18)], [(-.35, .65), (-.2, .97), (-.14, 1), (.0, 1), (.2, .64)]),
     "wagon": ((4.7, 1.8, 1.5), [(-.5, .18), (-.5, .45), (-.485, .62), (.18, .64), (.43, .53), (.5, .42), (.5, .18)], [(-.485, .62), (-.42, .96), (-.38, 1), (.0, 1), (.2, .64)]),
@@ -78,38 +83,40 @@ PAINTS = ((34, 36, 40), (34, 36, 40), (186, 188, 192), (186, 188, 192), (224, 22
 
 
 def _on_side(frame, pts, w):
-    return frame.pixels([(l, y, w) for l, y in pts])
+    return frame.pixels([(e, y, w) for e, y in pts])
 
 
-def _wheels(frame: Frame, canvas: Canvas, places, radius: float, half: float, sides):
+_RING = np.arange(14) * (2 * math.pi / 14)
+
+
+def _wheels(frame: Frame, canvas: Canvas, places, radius: float, half: float, sides, small: bool = False):
     "Wheels on the visible sides; returns their outlines"
-    out = []
-    dark, rim = canvas.light.lit((26, 26, 28)), canvas.light.lit((128, 130, 134))
-    t = np.arange(14) * (2 * math.pi / 14)
-    for w in sides:
-        for l in places:
-            def ring(r, off=0.0, l=l, w=w):
-                return frame.pixels(np.stack([l + r * np.cos(t), radius + r * np.sin(t), np.full(14, w * (half + off))], -1))
-            tyre = ring(radius)
-            canvas.fill(ring(radius * 1.16, -.01), canvas.light.lit((16, 16, 18)))
-            canvas.fill(tyre, dark)
-            canvas.fill(ring(radius * .62), rim)
-            canvas.fill(ring(radius * .2), dark)
-            out.append(tyre)
-    return out
+    rings = ((1.0, 0.0), (.62, 0.0)) if small else ((1.16, -.01), (1.0, 0.0), (.62, 0.0), (.2, 0.0))
+    colors = [canvas.light.lit(c) for c in (((26, 26, 28), (128, 130, 134)) if small else ((16, 16, 18), (26, 26, 28), (128, 130, 134), (26, 26, 28)))]
+    if not sides:
+        return []
+    local = np.empty((len(sides) * len(places), len(rings), 14, 3))
+    for i, (w, along) in enumerate((w, along) for w in sides for along in places):
+        for j, (size, off) in enumerate(rings):
+            local[i, j, :, 0], local[i, j, :, 1], local[i, j, :, 2] = along + size * radius * np.cos(_RING), radius + size * radius * np.sin(_RING), w * (half + off)
+    pixels = frame.pixels(local)
+    for wheel in pixels:
+        for ring, color in zip(wheel, colors):
+            canvas.fill(ring, color)
+    return list(pixels[:, 0 if small else 1])
 
 
 def _underside(frame: Frame, canvas: Canvas, axles, top: float, half: float):
     "The dark under a vehicle: a floor above the ground, and the tyres of both axles as seen from ahead or behind"
-    dark = (15, 15, 17)
     a, b = min(axles) * 1.35, max(axles) * 1.35
-    floor = [frame.pixels([(l, .42 * top, -half * .9), (l, top, -half * .9), (l, top, half * .9), (l, .42 * top, half * .9)]) for l in (a, b)]
-    floor += [frame.pixels([(a, .42 * top, w), (a, top, w), (b, top, w), (b, .42 * top, w)]) for w in (-half * .9, half * .9)]
-    tyres = [frame.pixels([(l, 0, w), (l, top * 1.2, w), (l, top * 1.2, w - math.copysign(.21, w)), (l, 0, w - math.copysign(.21, w))])
-             for l in axles for w in (-half * .97, half * .97)]
-    for p in floor + tyres:
-        canvas.fill(p, dark)
-    return floor + tyres
+    local = [[(e, .42 * top, -half * .9), (e, top, -half * .9), (e, top, half * .9), (e, .42 * top, half * .9)] for e in (a, b)]
+    local += [[(a, .42 * top, w), (a, top, w), (b, top, w), (b, .42 * top, w)] for w in (-half * .9, half * .9)]
+    local += [[(e, 0, w), (e, top * 1.2, w), (e, top * 1.2, w - math.copysign(.21, w)), (e, 0, w - math.copysign(.21, w))]
+              for e in axles for w in (-half * .97, half * .97)]
+    dark = frame.pixels(local)
+    for p in dark:
+        canvas.fill(p, (15, 15, 17))
+    return list(dark)
 
 
 def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, kind: str | None = None, label: str = "car", brake: bool = False):
@@ -122,7 +129,7 @@ def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
         return
     frame, half = Frame(canvas, x, z, heading), width / 2
     paint = dice.choice(PAINTS)
-    body, house = ([(l * length, y * height) for l, y in part] for part in (body, house))
+    body, house = ([(e * length, y * height) for e, y in part] for part in (body, house))
     small = k * height < 9
     outline, sides = [], []
     outline += _underside(frame, canvas, (-.31 * length, .31 * length), .22 * height, half)
@@ -153,7 +160,7 @@ def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
                 canvas.fill(shine, tuple(min(255, int(c * 1.12 + 8)) for c in glass_top))
         outline.append(face)
     places, radius = (-.31 * length, .31 * length), .32 if kind != "van" else .34
-    outline += _wheels(frame, canvas, places, radius, half, sides)
+    outline += _wheels(frame, canvas, places, radius, half, sides, k * height < 20)
     if not small:
         _car_details(frame, canvas, dice, length, height, half, sides, paint, brake)
     else:
@@ -162,11 +169,11 @@ def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
 
 
 def _side_windows(frame, canvas, house, w_low, w_high, glass, small):
-    (l0, y0), (l4, y4) = house[0], house[-1]
+    (l0, y0), (l4, _) = house[0], house[-1]
     top = max(y for _, y in house)
-    roof = [l for l, y in house if y > top - 1e-6]
-    def at(l, f):                                                            # a point of the window plane, f: 0 belt .. 1 roof
-        return (l, y0 + (top - y0) * f, w_low + (w_high - w_low) * f)
+    roof = [e for e, y in house if y > top - 1e-6]
+    def at(e, f):                                                            # a point of the window plane, f: 0 belt .. 1 roof
+        return (e, y0 + (top - y0) * f, w_low + (w_high - w_low) * f)
     a0, a1, b0, b1 = l0 + .12, min(roof) + .05, l4 - .12, max(roof) - .02
     lo, hi = .1, .86
     quad = [at(a0 + (a1 - a0) * lo, lo), at(a0 + (a1 - a0) * hi, hi), at(b0 + (b1 - b0) * hi, hi), at(b0 + (b1 - b0) * lo, lo)]
@@ -181,30 +188,41 @@ def _side_windows(frame, canvas, house, w_low, w_high, glass, small):
 def _lights(frame, canvas, length, height, half, brake):
     light = canvas.light
     rear, front = -.502 * length, .502 * length
-    for l, color, sign in ((rear, (255, 64, 48) if brake or light.dusk > .3 else light.lit((168, 24, 28)), -1),
+    for e, color, sign in ((rear, (255, 64, 48) if brake or light.dusk > .3 else light.lit((168, 24, 28)), -1),
                            (front, (255, 248, 226) if light.dusk > .3 else light.lit((232, 236, 240)), 1)):
-        if _seen(frame.pixels([(l, .3, sign * half), (l, .8, sign * half), (l, .8, -sign * half), (l, .3, -sign * half)])[::1 if sign > 0 else 1]):
+        if _seen(frame.pixels([(e, .3, sign * half), (e, .8, sign * half), (e, .8, -sign * half), (e, .3, -sign * half)])[::1 if sign > 0 else 1]):
             for w in (-1, 1):
-                canvas.fill(frame.pixels([(l, .46 * height, w * half * .97), (l, .58 * height, w * half * .97), (l, .58 * height, w * half * .66), (l, .46 * height, w * half * .66)]), color)
+                canvas.fill(frame.pixels([(e, .46 * height, w * half * .97), (e, .58 * height, w * half * .97), (e, .58 * height, w * half * .66), (e, .46 * height, w * half * .66)]), color)
             return sign
     return 0
 
 
 def _car_details(frame, canvas, dice, length, height, half, sides, paint, brake):
     light = canvas.light
-    for w in sides:                                                          # sill and door line
-        canvas.fill(_on_side(frame, [(-.4 * length, .17 * height), (-.4 * length, .22 * height), (.4 * length, .22 * height), (.4 * length, .17 * height)], w * half), light.lit((22, 22, 24)))
-        canvas.fill(_on_side(frame, [(-.04 * length, .24 * height), (-.04 * length, .62 * height), (-.035 * length, .62 * height), (-.035 * length, .24 * height)], w * half), light.lit([c * .5 for c in paint]))
-        canvas.fill(_on_side(frame, [(-.47 * length, .54 * height), (-.47 * length, .58 * height), (.3 * length, .58 * height), (.3 * length, .54 * height)], w * half), light.lit([min(255, c * 1.12 + 10) for c in paint], frame.normal(0, .5, w)))
+    quads, colors = [], []
+
+    def add(quad, color, normal=(0, 0.5, -0.86)):
+        quads.append(quad)
+        colors.append(light.lit(color, normal))
+
+    for side in sides:                                                       # sill, door line, and the light on the shoulder
+        w = side * half
+        add([(-.4 * length, .17 * height, w), (-.4 * length, .22 * height, w), (.4 * length, .22 * height, w), (.4 * length, .17 * height, w)], (22, 22, 24))
+        add([(-.04 * length, .24 * height, w), (-.04 * length, .62 * height, w), (-.035 * length, .62 * height, w), (-.035 * length, .24 * height, w)], [c * .5 for c in paint])
+        add([(-.47 * length, .54 * height, w), (-.47 * length, .58 * height, w), (.3 * length, .58 * height, w), (.3 * length, .54 * height, w)],
+            [min(255, c * 1.12 + 10) for c in paint], frame.normal(0, .5, side))
     sign = _lights(frame, canvas, length, height, half, brake)
     if sign:
-        l = sign * .503 * length
-        canvas.fill(frame.pixels([(l, .17 * height, half * .98), (l, .27 * height, half * .98), (l, .27 * height, -half * .98), (l, .17 * height, -half * .98)]), light.lit((30, 30, 32)))
-        canvas.fill(frame.pixels([(l, .31 * height, .26), (l, .38 * height, .26), (l, .38 * height, -.26), (l, .31 * height, -.26)]), light.lit((232, 232, 222)))
+        e = sign * .503 * length
+        add([(e, .17 * height, half * .98), (e, .25 * height, half * .98), (e, .25 * height, -half * .98), (e, .17 * height, -half * .98)], (30, 30, 32))
+        add([(e, .31 * height, .26), (e, .38 * height, .26), (e, .38 * height, -.26), (e, .31 * height, -.26)], (232, 232, 222))
         if sign > 0:
-            canvas.fill(frame.pixels([(l, .4 * height, half * .5), (l, .47 * height, half * .55), (l, .47 * height, -half * .55), (l, .4 * height, -half * .5)]), light.lit((28, 28, 30)))
+            add([(e, .4 * height, half * .5), (e, .47 * height, half * .55), (e, .47 * height, -half * .55), (e, .4 * height, -half * .5)], (28, 28, 30))
+    if quads:
+        for quad, color in zip(frame.pixels(quads), colors):
+            canvas.fill(quad, color)
 
-# %% ../../nbs/data/traffic.ipynb #12b6d70c
+# %% ../../nbs/data/traffic.ipynb #b46a6b22
 def _boxy(frame, canvas, profile, half, color, outline, sides, shade=1.0):
     for face, normal, which in extrude(frame, profile, half):
         canvas.fill(face, canvas.light.lit([c * shade for c in color], normal))
@@ -213,9 +231,9 @@ def _boxy(frame, canvas, profile, half, color, outline, sides, shade=1.0):
             sides.append(s)
 
 
-def _panel(frame, l, y0, y1, w0, w1):
+def _panel(frame, e, y0, y1, w0, w1):
     "A rectangle on the front or rear"
-    return frame.pixels([(l, y0, w0), (l, y1, w0), (l, y1, w1), (l, y0, w1)])
+    return frame.pixels([(e, y0, w0), (e, y1, w0), (e, y1, w1), (e, y0, w1)])
 
 
 def paint_bus(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, train: bool = False):
@@ -236,18 +254,19 @@ def paint_bus(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
     for w in sides:
         canvas.fill(frame.pixels([(a, low, w * half), (a, .8, w * half), (b, .8, w * half), (b, low, w * half)]), light.lit([c * .6 for c in color], frame.normal(0, 0, w)))
         step = (length - .8) / n
+        panes = []
         for i in range(n):
-            l = a + .4 + i * step
-            y0 = .45 if i in (1, n - 1) else 1.35                            # doors reach down
-            canvas.fill(frame.pixels([(l + .06, y0, w * half), (l + .06, height - .7, w * half), (l + step - .06, height - .7, w * half), (l + step - .06, y0, w * half)]), glass)
-    for l, sign in ((b + .005, 1), (a - .005, -1)):
-        p = _panel(frame, l, low, height, sign * half, -sign * half)
+            e, y0 = a + .4 + i * step, .45 if i in (1, n - 1) else 1.35     # doors reach down
+            panes.append([(e + .06, y0, w * half), (e + .06, height - .7, w * half), (e + step - .06, height - .7, w * half), (e + step - .06, y0, w * half)])
+        canvas.fill_many(frame.pixels(panes), glass)
+    for e, sign in ((b + .005, 1), (a - .005, -1)):
+        p = _panel(frame, e, low, height, sign * half, -sign * half)
         if _seen(p):
-            canvas.fill(_panel(frame, l, 1.15 if sign > 0 or train else 1.7, height - .62, half * .9, -half * .9), glass)
-            canvas.fill(_panel(frame, l, height - .55, height - .25, half * .7, -half * .7), (255, 176, 60) if sign > 0 else light.lit((34, 34, 36)))
+            canvas.fill(_panel(frame, e, 1.15 if sign > 0 or train else 1.7, height - .62, half * .9, -half * .9), glass)
+            canvas.fill(_panel(frame, e, height - .55, height - .25, half * .7, -half * .7), (255, 176, 60) if sign > 0 else light.lit((34, 34, 36)))
             for w in (-1, 1):
-                canvas.fill(_panel(frame, l, .62, .86, w * half * .92, w * half * .66), ((255, 250, 230) if sign > 0 else (225, 40, 36)) if light.dusk > .3 else light.lit((236, 236, 230) if sign > 0 else (176, 28, 30)))
-            canvas.fill(_panel(frame, l, low, .5, half, -half), light.lit((36, 36, 38)))
+                canvas.fill(_panel(frame, e, .62, .86, w * half * .92, w * half * .66), ((255, 250, 230) if sign > 0 else (225, 40, 36)) if light.dusk > .3 else light.lit((236, 236, 230) if sign > 0 else (176, 28, 30)))
+            canvas.fill(_panel(frame, e, low, .5, half, -half), light.lit((36, 36, 38)))
     if not train:
         outline += _wheels(frame, canvas, (-.3 * length, .28 * length), .48, half, sides)
     canvas.stamp("train" if train else "bus", outline, depth)
@@ -267,6 +286,7 @@ def paint_truck(canvas: Canvas, seed: int, x: float, z: float, heading: float = 
     box = lambda: _boxy(frame, canvas, [(a, .85), (a, height), (split - .1, height), (split - .1, .85)], half, load, outline, sides)
     head = lambda: _boxy(frame, canvas, [(split, .4), (split, height * .84), (b - .35, height * .84), (b, 1.5), (b, .4)], half * .96, cab, outline, sides)
     towards = math.cos(heading) < 0
+    outline += _underside(frame, canvas, (-.32 * length, .33 * length), .9, half * .94)
     for part in (box, head) if towards else (head, box):
         part()
     glass = tuple(int(c) for c in np.float32(light.horizon) * .4 + 6)
@@ -291,14 +311,9 @@ def paint_truck(canvas: Canvas, seed: int, x: float, z: float, heading: float = 
         canvas.fill(_bar(*bar.mean(0) - (half * .9 * k, 0), *bar.mean(0) + (half * .9 * k, 0), .06 * k), light.lit((40, 40, 44)))
         outline.append(bar)
     outline += _wheels(frame, canvas, (-.32 * length, .33 * length), .46, half, sides)
-    for w in (-1, 1):                                                         # wheels seen from behind
-        tyre = _panel(frame, a + 1.2 if not towards else b - .8, .02, .85, w * half * .95, w * half * .62)
-        if abs(math.sin(heading)) < .7:
-            canvas.fill(tyre, light.lit((24, 24, 26)))
-            outline.append(tyre)
     canvas.stamp("truck", outline, depth)
 
-# %% ../../nbs/data/traffic.ipynb #dac07916
+# %% ../../nbs/data/traffic.ipynb #a7591c6a
 CLOTHES = ((40, 44, 58), (70, 74, 80), (120, 40, 44), (44, 70, 104), (150, 138, 116), (60, 84, 66), (196, 188, 176), (34, 34, 36), (176, 120, 56), (104, 72, 110), (190, 60, 60))
 SKIN = ((226, 184, 158), (198, 150, 120), (150, 104, 78), (104, 70, 54))
 HAIR = ((50, 38, 30), (90, 66, 42), (168, 136, 84), (30, 28, 28), (150, 146, 142))
@@ -325,6 +340,13 @@ def paint_person(canvas: Canvas, seed: int, x: float, z: float, height: float = 
         canvas.fill(poly, light.lit([c * shade for c in color]))
         parts.append(poly)
 
+    if s < 13:                                                                # far away: a coat, two legs and a head
+        draw(_bar(*at(.04, .5), *at(.04 - stride, 0), .05 * s), legs, .8)
+        draw(_bar(*at(-.04, .5), *at(-.04 + stride, 0), .05 * s), legs)
+        draw(_bar(*at(0, .46), *at(0, .84), .105 * s), top)
+        draw(_disc(*at(0, .92), .055 * s, .075 * s, n=8), hair)
+        canvas.stamp(label, parts, depth)
+        return
     hip = .5
     for side, dark in ((1, .72), (-1, 1.0)):
         knee, foot = (side * (.035 * turn) + side * stride * .6, .27), (side * .035 * turn + side * stride * 1.1, .02)
@@ -348,7 +370,7 @@ def paint_person(canvas: Canvas, seed: int, x: float, z: float, height: float = 
         canvas.fill(_disc(*at(.003, .912), .037 * s, .05 * s), light.lit(skin))
     canvas.stamp(label, parts, depth)
 
-# %% ../../nbs/data/traffic.ipynb #39489b4f
+# %% ../../nbs/data/traffic.ipynb #e38cbeca
 def paint_cyclist(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, motor: bool = False, rider: bool = True):
     "A bicycle or motorcycle, with its rider unless it is parked"
     dice, light = random.Random(seed), canvas.light
@@ -363,27 +385,27 @@ def paint_cyclist(canvas: Canvas, seed: int, x: float, z: float, heading: float 
     radius, base = (.31, .72) if motor else (.34, .53)
     thick = .14 if motor else .045
 
-    def at(l, y, w=0.0):
-        return u + (l * side + w) * k, v - y * k
+    def at(e, y, w=0.0):
+        return u + (e * side + w) * k, v - y * k
 
-    def ellipse(l, y, r):
-        return np.stack([u + (l * side + r * np.cos(t) * abs(side)) * k + np.sign(np.cos(t)) * thick / 2 * k, v - (y + r * np.sin(t)) * k], -1)
+    def ellipse(e, y, r):
+        return np.stack([u + (e * side + r * np.cos(t) * abs(side)) * k + np.sign(np.cos(t)) * thick / 2 * k, v - (y + r * np.sin(t)) * k], -1)
 
     outline = []
     tyre = light.lit((26, 26, 28))
-    for l in (-base, base):
-        wheel = ellipse(l, radius, radius)
+    for e in (-base, base):
+        wheel = ellipse(e, radius, radius)
         outline.append(wheel)
         if motor or abs(side) < .3:
             canvas.fill(wheel, tyre)
-            canvas.fill(ellipse(l, radius, radius * .55), light.lit((120, 120, 124)))
+            canvas.fill(ellipse(e, radius, radius * .55), light.lit((120, 120, 124)))
         else:                                                                 # a ring: one sees through the spokes
-            canvas.fill(np.concatenate([wheel, wheel[:1], ellipse(l, radius, radius * .86)[[0]], ellipse(l, radius, radius * .86)[::-1]]), tyre)
+            canvas.fill(np.concatenate([wheel, wheel[:1], ellipse(e, radius, radius * .86)[[0]], ellipse(e, radius, radius * .86)[::-1]]), tyre)
     half = max(.022 * k, .4)
     if motor:
         tank = np.array([at(-.75, .78), at(-.3, .82), at(.05, .98), at(.4, .92), at(.55, .6), at(.2, .32), at(-.35, .34), at(-.55, .6)])
         tank = np.concatenate([tank, tank[:1] * 0 + tank[:1]])
-        body = [np.array([at(l, y, w) for l, y in ((-.75, .8), (.4, .95), (.45, .3), (-.45, .3))]) for w in (-.16, .16)]
+        body = [np.array([at(e, y, w) for e, y in ((-.75, .8), (.4, .95), (.45, .3), (-.45, .3))]) for w in (-.16, .16)]
         for b in body:
             canvas.fill(b, light.lit([c * .7 for c in paint]))
         canvas.fill(tank, light.lit(paint))
