@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['from_original_config', 'rename_original', 'load_original', 'load_torchvision', 'load_mobilenetv3_pytorch']
 
-# %% ../../nbs/networks/weights.ipynb #1f242305
+# %% ../../nbs/networks/weights.ipynb #d0ae942d
 import re
 
 from torch import nn
@@ -13,7 +13,13 @@ from torch import nn
 from ..core import ConfigError, unknown
 from .backbones import MobileNetV3, MobileNetV3Classifier
 from .mlmsnet import create_model
-from .pretrained import block_part, load_mobilenetv3_pytorch, load_strict, load_torchvision, read_state
+from mlmsnet.networks.pretrained import (
+    block_part,
+    load_mobilenetv3_pytorch,  # noqa: F401  offered here too, beside load_original
+    load_strict,
+    load_torchvision,  # noqa: F401
+    read_state,
+)
 
 # %% ../../nbs/networks/weights.ipynb #b87765f4
 _all_ = ["load_torchvision", "load_mobilenetv3_pytorch"]
