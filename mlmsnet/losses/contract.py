@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core import ConfigError, DataError, Registry, unknown
 
-# %% ../../nbs/losses/contract.ipynb #4cb8db7c
+# %% ../../nbs/losses/contract.ipynb #d4452a8b
 @dataclass(frozen=True)
 class Param:
     "One hyper-parameter of a loss: what it is called, what it may be, what it does"
@@ -56,7 +56,7 @@ class Param:
             raise ConfigError(f"{self.name} is {value:g}; it must lie between {low} and {high}")
         return float(value) if self.type == "float" else int(value)
 
-
+# %% ../../nbs/losses/contract.ipynb #ce25d85a
 def _weights(name, value):
     if isinstance(value, str):
         raise ConfigError(f"{name} is {value!r}; it must be a list with one number per class")
@@ -84,7 +84,7 @@ PER_IMAGE = Param("per_image", "bool", False, doc="one loss per image, then thei
 CHECK = Param("check", "str", "auto", choices=("auto", "always", "never"),
               doc="look for labels outside the classes: auto does so on the CPU only, because on a GPU it costs a synchronisation")
 
-# %% ../../nbs/losses/contract.ipynb #a6d14397
+# %% ../../nbs/losses/contract.ipynb #b7a52818
 def check_inputs(
     logits: torch.Tensor,  # N C H W, floating point
     target: torch.Tensor,  # N H W, integers
@@ -97,7 +97,7 @@ def check_inputs(
     if labels:
         _check_labels(target, target == ignore_index, logits.shape[1], ignore_index)
 
-
+# %% ../../nbs/losses/contract.ipynb #b7d19eab
 def _check_shapes(logits, target, class_weight=None):
     if not (isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)):
         raise DataError(f"a loss takes two tensors (logits, target), not {type(logits).__name__} and {type(target).__name__}; "
@@ -245,7 +245,7 @@ def gradient_map(
         (grad,) = torch.autograd.grad(value, z, allow_unused=True)
     return torch.zeros_like(z[:, 0]).detach() if grad is None else grad.norm(dim=1)
 
-# %% ../../nbs/losses/contract.ipynb #62cffaf2
+# %% ../../nbs/losses/contract.ipynb #399475bd
 @dataclass(frozen=True)
 class LossInfo:
     "What a registered loss is; notebooks, widgets, the command line and the docs read it"
@@ -272,7 +272,7 @@ class LossInfo:
 LOSSES = Registry("loss")
 _FAMILIES = ("pixel", "region", "compound")
 
-
+# %% ../../nbs/losses/contract.ipynb #ac2e5cb2
 class _FunctionLoss(SegLoss):
     "A plain function under the contract: checked, in full precision, void hidden, all void answered"
     def compute(self, logits, y, valid):
@@ -293,7 +293,7 @@ def _from_function(name, fn):
     own = tuple(Param(o.name, kinds[type(o.default)], o.default) for o in options if type(o.default) in kinds)
     return type(name, (_FunctionLoss,), {"params": (*own, IGNORE, CHECK), "function": staticmethod(fn), "__doc__": inspect.getdoc(fn)})
 
-
+# %% ../../nbs/losses/contract.ipynb #82268913
 def register_loss(
     name: str,  # What it shall be called in configs, widgets and tables
     loss: Callable | None = None,  # A function or module `(logits, target) -> scalar`, or a subclass of SegLoss; None: use as decorator
@@ -317,7 +317,7 @@ def register_loss(
 def _may_replace(old, cls):  # running a notebook cell twice is no mistake, taking a name of the library is
     return old.family == "yours" or old.build.__qualname__ == cls.__qualname__
 
-
+# %% ../../nbs/losses/contract.ipynb #15c3294d
 def _load_families():
     for family in _FAMILIES:
         importlib.import_module(f"mlmsnet.losses.{family}")

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..core import ConfigError
 from .contract import CLASS_WEIGHT, Param, SegLoss, full_precision, register_loss, safe_pow
 
-# %% ../../nbs/losses/pixel.ipynb #b76b55b7
+# %% ../../nbs/losses/pixel.ipynb #0c7b716d
 def strips(
     logits: torch.Tensor,  # N C H W
     megabytes: float | None = None,  # Size of a strip; default: small enough for a CPU's cache, larger on a GPU
@@ -30,7 +30,7 @@ def strips(
         for r in range(0, h, rows):
             yield slice(i, i + images), slice(r, r + rows)
 
-
+# %% ../../nbs/losses/pixel.ipynb #dfa00649
 def not_finite(x: torch.Tensor) -> bool:
     "Is there a NaN? On a GPU we say yes without looking: the look would cost more than the mask that it could save"
     return x.device.type != "cpu" or bool(x.isnan().any())

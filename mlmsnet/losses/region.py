@@ -16,7 +16,7 @@ from ..core import ConfigError
 from .contract import CLASS_WEIGHT, CLASSES, PER_IMAGE, Param, SegLoss, full_precision, register_loss
 from .pixel import strips
 
-# %% ../../nbs/losses/region.ipynb #33de104b
+# %% ../../nbs/losses/region.ipynb #723a729d
 class RegionSums(NamedTuple):
     "Sums over valid pixels, each N C (one row per image) or 1 C (whole batch); rows of tiles or processes may be added"
     tp: torch.Tensor  # Σ p_c over the pixels of class c
@@ -33,7 +33,7 @@ class RegionSums(NamedTuple):
         "The sums of two tiles, batches or processes together"
         return RegionSums(*(None if a is None else a + b for a, b in zip(self, other)))
 
-
+# %% ../../nbs/losses/region.ipynb #1f952889
 class _SoftmaxSums(torch.autograd.Function):
     "softmax and its per-class sums, strip by strip: neither probabilities nor a one-hot of the batch are ever kept"
     @staticmethod
@@ -81,7 +81,7 @@ class _SoftmaxSums(torch.autograd.Function):
                 grad[i, :, r] = _mask(out, valid[i, r])
         return grad, None, None, None
 
-
+# %% ../../nbs/losses/region.ipynb #129d34a4
 def _at(per_class, index):  # N C, N 1 H W -> N 1 H W
     n, _, h, w = index.shape
     return per_class.gather(1, index.view(n, -1)).view(n, 1, h, w)
@@ -100,13 +100,13 @@ def region_sums(
     "Per image and class: Σ p over the class's pixels, Σ p over all, and how many pixels; differentiable, without a one-hot"
     return RegionSums(*_SoftmaxSums.apply(logits, y, valid, squares))
 
-# %% ../../nbs/losses/region.ipynb #4a95d186
+# %% ../../nbs/losses/region.ipynb #32e94fa1
 def overlap_ratio(num: torch.Tensor, den: torch.Tensor) -> torch.Tensor:
     "num / den, and 1 where both are 0: nothing asked for, nothing claimed, nothing wrong"
     empty = den <= 0
     return torch.where(empty, 1, num / torch.where(empty, 1, den))
 
-
+# %% ../../nbs/losses/region.ipynb #21765848
 class RegionLoss(SegLoss):
     """A mean over classes of a function of their sums. A subclass writes `class_loss(sums) -> (rows, C)`.
 
