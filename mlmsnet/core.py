@@ -7,12 +7,14 @@ __all__ = ['MlmsError', 'ConfigError', 'DataError', 'CheckpointError', 'nearest'
            'rng_for', 'scale', 'at_scale', 'get_device', 'atomic_write', 'save_json', 'load_json', 'save_checkpoint',
            'load_checkpoint', 'keep_freed_memory']
 
-# %% ../nbs/core.ipynb #bb6af1f9
+# %% ../nbs/core.ipynb #6a747fb7
 import contextlib
+import ctypes
 import difflib
 import json
 import os
 import random
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -209,14 +211,23 @@ def load_checkpoint(path, map_location="cpu") -> dict:
                if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e) else "is not a readable checkpoint (cut short?)")
         raise CheckpointError(f"{path}: {why}. Save its state_dict again with torch.save(model.state_dict(), ...)") from e
 
-# %% ../nbs/core.ipynb #61bc4ee1
+# %% ../nbs/core.ipynb #6638bcaf
 def keep_freed_memory() -> bool:
-    "Ask glibc to keep freed memory for the next allocation (faster CPU training, higher peak memory); False where that is not possible"
-    import ctypes
+    """Tell glibc's malloc to keep freed memory for the rest of this process; True if it took effect.
+
+    Saves page faults where large tensors come and go (big images on a CPU), and raises the peak memory. Linux with glibc only.
+    There is no way back within the process. Call it early: what was mapped before stays as it is.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  (musl has none, and its mallopt does nothing)
+        mallopt = libc.mallopt
     except (OSError, AttributeError):
         return False
-    trim_threshold, mmap_threshold, mmap_max, never = -1, -3, -4, 2**31 - 1
-    # M_MMAP_THRESHOLD has an upper bound that depends on the word size; M_MMAP_MAX = 0 has the same effect without one
-    return bool(mallopt(trim_threshold, never) and mallopt(mmap_max, 0) and mallopt(mmap_threshold, 2**25) in (0, 1))
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    big = 2**31 - 1
+    kept = mallopt(trim_threshold, big)
+    # a threshold above 32 MB is refused by some versions of glibc; then no block at all is mapped by itself
+    return bool(kept and (mallopt(mmap_threshold, 2**30) or mallopt(mmap_max, 0)))

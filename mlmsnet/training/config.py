@@ -209,7 +209,7 @@ def _no_key(key, keys, where):
     hint = f" Did you mean {' or '.join(near)}?" if near else f" Valid: {', '.join(keys)}"
     return f"{where}: no setting {key!r}.{hint}"
 
-# %% ../../nbs/training/config.ipynb #cb21a41d
+# %% ../../nbs/training/config.ipynb #8492959e
 def parse_config(
     source=None,  # Name of a shipped config, path of a YAML file, a dict, or None for the defaults
     overrides=(),  # Command-line form: ["--train.lr", "0.02", ...]
@@ -247,7 +247,7 @@ def _one_line(error):
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     key = lines[0].replace("Parser key", "").strip(' ":')
     text = " ".join(lines[1:])
-    given = re.search(r"(?:Got value|Given value): (.*)$", text)
+    given = re.search(r"(?:Got value|Given value): (.*?)(?: Expected | Given value|$)", text)
     kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text) or re.search(r"Expected an? (.*?)\. Got value", text)
     if not given or not kinds:
         return f"{key} {text}".strip()
