@@ -23,6 +23,15 @@ def test_runs(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_imports_stand_alone(path):
+    """The docs step executes every cell that holds an import; other code in such a cell would run too, without what it needs."""
+    from split_imports import mixed
+    cells = json.loads(path.read_text())["cells"]
+    wrong = ["".join(c["source"])[:60] for c in cells if c["cell_type"] == "code" and mixed("".join(c["source"]))]
+    assert not wrong, "run tools/split_imports.py"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_committed_outputs(path):
     """No error, no saved widget state, no picture that is heavy, and no code cell was left unrun if its neighbours were run."""
     nb = json.loads(path.read_text())
