@@ -8,7 +8,8 @@ CLASSES = 5
 SIZE = 48, 64  # height, width
 SETTINGS = {
     "data": {"name": "list", "train": "train.txt", "val": "val.txt", "test": "val.txt", "num_classes": CLASSES},
-    "model": {"name": "mlmsv2_s", "backbone": "mobilenetv3_small", "output_stride": 32, "width_mult": 0.75, "dilations": [1, 2], "dropout": 0.2},
+    "model": {"name": "mlmsv2_s", "backbone": "mobilenetv3_small", "output_stride": 32, "width_mult": 0.75,
+              "dilations": [1, 2], "dropout": 0.2},
     "loss": {"name": "dice_ce"},
     "augment": {"crop": [32, 48], "scale_min": 0.8, "scale_max": 1.2},
     "train": {"epochs": 3, "batch_size": 2, "optimizer": "adamw", "lr": 0.001, "ema": 0.9, "save_steps": 1},
@@ -48,7 +49,7 @@ def settings(root, **sections) -> dict:
     out = {k: dict(v) if isinstance(v, dict) else v for k, v in SETTINGS.items()}
     out["data"]["root"] = str(root)
     for name, value in sections.items():
-        out[name] = {**out[name], **value} if isinstance(value, dict) else value
+        out[name] = {**out.get(name, {}), **value} if isinstance(value, dict) else value
     return out
 
 
