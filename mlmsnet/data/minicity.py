@@ -578,7 +578,7 @@ def draw_scene(
     polygons = {"imgHeight": cfg.height, "imgWidth": cfg.width, "objects": objects}
     return Scene(image, ids, ID_TO_TRAINID[ids], polygons, canvas.depth)
 
-# %% ../../nbs/data/minicity.ipynb #a6282c01
+# %% ../../nbs/data/minicity.ipynb #84219a97
 _MISTAKEN = {"car": ("truck", "caravan"), "truck": ("car", "bus"), "bus": ("truck", "train"), "train": ("bus",), "person": ("rider", "pole"), "rider": ("person",),
              "motorcycle": ("bicycle",), "bicycle": ("motorcycle",), "traffic sign": ("traffic light", "static"), "traffic light": ("traffic sign",),
              "pole": ("static", "traffic sign"), "fence": ("wall", "guard rail"), "wall": ("building", "fence"), "vegetation": ("terrain", "building")}
@@ -596,13 +596,13 @@ def _careless(objects: list, seed: int, cfg: MiniCityConfig) -> list:
             out.append(obj)
             continue
         size = math.sqrt(np.ptp(points[:, 0]) * np.ptp(points[:, 1])) / px
-        if miss < n * .5 * math.exp(-size / 18):                              # small things are forgotten
+        if miss < n * .6 * math.exp(-size / 24):                              # small things are forgotten
             continue
         label = obj["label"]
-        if err < .12 * n and label in _MISTAKEN:
+        if err < .18 * n and label in _MISTAKEN:
             label = dice.choice(_MISTAKEN[label])
         wander = min(1.0, .35 + size / 60)
-        points += shift * 2.2 * n * px * wander + jitter * 1.8 * n * px * wander
+        points += (shift * 3.5 + jitter * 2.5) * n * px * wander
         points = np.clip(np.rint(points), 0, [cfg.width - 1, cfg.height - 1]).astype(int)
         out.append({"label": label, "polygon": points.tolist()})
     return out
