@@ -32,13 +32,23 @@ def split_settings(
             i += 1
     return own, settings
 
-# %% ../nbs/cli.ipynb #47dbebdb
+# %% ../nbs/cli.ipynb #3decc52e
 class _Parser(argparse.ArgumentParser):
     "argparse that raises our one-line error, and shows the config's settings in --help where a command takes them"
     takes_settings = False
 
     def error(self, message):
-        raise ConfigError(f"{message}. See `{self.prog} --help`")
+        raise ConfigError(f"{message}.{self._meant(message)} See `{self.prog} --help`")
+
+    def _meant(self, message):
+        wrong = message.removeprefix("unrecognized arguments: --")
+        if wrong == message:
+            return ""
+        from mlmsnet.core import nearest
+        from mlmsnet.training.config import valid_keys
+        tails = {k.split(".")[-1]: f"--{k}" for k in valid_keys()}
+        near = nearest(wrong.split()[0].split("=")[0].replace("-", "_"), tails, n=1)
+        return f" Did you mean {tails[near[0]]}?" if near else ""
 
     def format_help(self):
         text = super().format_help()
@@ -91,7 +101,7 @@ def train(args, settings):
     print(f"{run}: best val mIoU {best['miou']:.4f} in epoch {best['epoch']}; {cost['images_per_second']} images/s, "
           f"{cost['train_seconds'] / 60:.1f} min. Next: mlmsnet evaluate {run}")
 
-# %% ../nbs/cli.ipynb #f0a731e9
+# %% ../nbs/cli.ipynb #37823b4d
 def _add_evaluate(sub):
     p = _command(sub, "evaluate", evaluate, "Score a network on a split, with the protocol in the config's section `eval`.", settings=True)
     p.add_argument("run", help="a run's folder (its best epoch) or a checkpoint; an original checkpoint needs --config")
@@ -114,7 +124,7 @@ def evaluate(args, settings):
     data = build_dataset(cfg, split)
     device = next(model.parameters()).device
     result = run_evaluation(model, data, cfg.eval, device, save_dir=args.save, progress=not args.quiet, label_ids=args.label_ids,
-                            boundary=args.boundary)
+                            boundary=args.boundary, mean=model.mean, std=model.std)
     record = args.record or (Path(args.run) / f"evaluation_{Path(split).stem}.json" if Path(args.run).is_dir() else None)
     if record:
         from mlmsnet.core import save_json
@@ -143,11 +153,14 @@ def _load(args, settings):
         model = build_skeleton(cfg, classes)
         load_original(model, path)
         return model.eval().to(get_device(cfg.device)), cfg
+    fixed = [s for s in settings if s.startswith(("--model.", "--loss.", "--train.", "--augment."))]
+    if fixed:
+        raise ConfigError(f"{fixed[0].split('=')[0]} was fixed when {path} was trained; here --data.*, --eval.*, --device can be given")
     model, cfg = load_trained(path, "cpu", which=getattr(args, "which", "best"))
     cfg = parse_config(to_dict(cfg), settings)
     return model.to(get_device(cfg.device)), cfg
 
-# %% ../nbs/cli.ipynb #f18129f8
+# %% ../nbs/cli.ipynb #f6285904
 def _add_predict(sub):
     p = _command(sub, "predict", predict, "Segment images.", settings=True)
     p.add_argument("run", help="a run's folder or a checkpoint")
@@ -171,7 +184,7 @@ def predict(args, settings):
     table = _table(cfg, model.num_classes)
     device = next(model.parameters()).device
     out = Path(args.out)
-    for f in tqdm(files, unit="image"):
+    for f in tqdm(files, unit="image", disable=None):
         image = read_image(f)
         mask = segment(model, image, cfg.eval, model.backbone.mean, model.backbone.std, device)
         color = colorize(mask, table)
@@ -217,7 +230,7 @@ def report(args, settings):
     write_report(runs, args.out, title=args.title)
     print(f"{len(runs)} runs → {args.out}")
 
-# %% ../nbs/cli.ipynb #eb9abefa
+# %% ../nbs/cli.ipynb #3a0f1049
 DEMO_LOSSES = ("cross_entropy", "ohem", "dice_ce")
 
 
@@ -256,15 +269,16 @@ def _train_and_score(run, cfg, quiet=False):
     from mlmsnet.core import save_json
     from mlmsnet.evaluation.evaluate import evaluate as run_evaluation
     from mlmsnet.training.loop import build_dataset, fit, load_trained
-    from mlmsnet.training.records import environment
+    from mlmsnet.training.config import config_hash
+    from mlmsnet.training.records import environment, load_run
     record = run / f"evaluation_{Path(cfg.data.test).stem}.json"
-    if record.exists():
+    if record.exists() and config_hash(load_run(run).config) == config_hash(cfg):
         print(f"     {run}: done already")
         return
     fit(cfg, run, progress=not quiet)
     model, cfg_run = load_trained(run, cfg.device)
     result = run_evaluation(model, build_dataset(cfg, cfg.data.test), cfg.eval, next(model.parameters()).device,
-                            save_dir=run / "predictions", progress=not quiet)
+                            save_dir=run / "predictions", progress=not quiet, mean=model.mean, std=model.std)
     save_json({**result.to_dict(), "split": cfg.data.test, "run": str(run), "which": "best", "environment": environment(cfg.device)}, record)
 
 # %% ../nbs/cli.ipynb #dd8e348f
@@ -373,7 +387,7 @@ def _data_sets(folder):
                     continue
         yield name, f"{folder / name}: {', '.join(found)}" if found else f"not in {folder / name}; see `mlmsnet data prepare {name}`"
 
-# %% ../nbs/cli.ipynb #034a466f
+# %% ../nbs/cli.ipynb #62021186
 def main(argv=None) -> int:
     "Run the command; user errors are one line on stderr and exit code 2"
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -397,3 +411,13 @@ def main(argv=None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as e:  # disk full, no permission, …
+        print(f"mlmsnet: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}; what was written before is unharmed. "
+              "Mend it and run the same command again", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        print("mlmsnet: error: out of memory; lower --train.batch_size or --augment.crop for training, --eval.batch or --eval.crop for "
+              "evaluation. The last checkpoint is unharmed", file=sys.stderr)
+        return 2

@@ -131,7 +131,7 @@ def get_device(
         raise ConfigError("device 'mps' was asked for, but torch has none here; use --device cpu")
     return device
 
-# %% ../nbs/core.ipynb #4a832136
+# %% ../nbs/core.ipynb #1910bbe8
 @contextlib.contextmanager
 def atomic_write(
     path,  # Where the file shall be; its folder is made
@@ -148,9 +148,11 @@ def atomic_write(
             os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
+        if isinstance(e, OSError) and e.filename is None:  # a failed write does not know its file's name
+            raise OSError(e.errno, e.strerror or str(e), str(path)) from e
         raise
 
 
@@ -159,7 +161,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/core.ipynb #ab5d8fd2
+# %% ../nbs/core.ipynb #f6806af6
 def save_json(obj, path):
     "Write `obj` as indented JSON, whole or not at all"
     with atomic_write(path) as f:
@@ -193,8 +195,15 @@ def save_checkpoint(state: dict, path):
         with atomic_write(path, "wb") as f:
             torch.save(state, f)
     except (OSError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: could not be saved ({e}); the file that was there before is unharmed. "
+        raise CheckpointError(f"{path}: could not be saved ({_system_words(e)}); the file that was there before is unharmed. "
                               "Free some disk space and run the same command again: it resumes") from e
+
+
+def _system_words(e: BaseException) -> str:
+    "torch reports a failed write as a wrong position in the file; the system's own words hang behind it"
+    while not isinstance(e, OSError) and e.__context__ is not None:
+        e = e.__context__
+    return e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
 
 
 def load_checkpoint(path, map_location="cpu") -> dict:

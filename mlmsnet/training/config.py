@@ -254,7 +254,7 @@ def _one_line(error):
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kinds[1])
     return f"{key} is {given[1]!r}; expected {kind.replace('NoneType', 'null')}"
 
-# %% ../../nbs/training/config.ipynb #d96684fe
+# %% ../../nbs/training/config.ipynb #dc2db22e
 _LAUNCHER = {"train_gpu", "test_gpu", "sync_bn", "print_freq", "save_freq", "save_path", "start_epoch", "resume", "evaluate", "dist_url",
              "dist_backend", "multiprocessing_distributed", "world_size", "rank", "has_prediction", "index_start", "index_step",
              "model_path", "save_folder", "colors_path", "names_path", "split"}
@@ -262,6 +262,11 @@ _READ = {"data_root", "train_list", "val_list", "classes", "arch", "mode", "widt
          "use_mlf", "atrous3", "atrous4", "scale_min", "scale_max", "rotate_min", "rotate_max", "zoom_factor", "ignore_label", "aux_weight",
          "workers", "batch_size", "batch_size_val", "base_lr", "epochs", "power", "momentum", "weight_decay", "manual_seed", "weight",
          "test_list", "base_size", "test_h", "test_w", "scales"}
+
+
+_NEEDED = ("data_root", "train_list", "val_list", "classes", "train_h", "train_w", "scale_min", "scale_max", "rotate_max", "batch_size",
+           "base_lr", "epochs", "power", "momentum", "weight_decay")
+_NUMBERS = ("classes", "width_mult", "rotate_min", "rotate_max", "zoom_factor", "ignore_label", "aux_weight")
 
 
 def is_original(d) -> bool:
@@ -278,6 +283,12 @@ def from_original(
     for k in o:
         if k not in _READ | _LAUNCHER:
             raise ConfigError(_no_key(k, sorted(_READ | _LAUNCHER), where))
+    missing = [k for k in _NEEDED if k not in o]
+    if missing:
+        raise ConfigError(f"{where}: an original config needs {', '.join(missing)} as well")
+    for k in _NUMBERS:
+        if not isinstance(o.get(k, 0), (int, float)):
+            raise ConfigError(f"{where}: {k} cannot be {o[k]!r}; expected a number")
     if o.get("zoom_factor", 8) != 8:
         raise ConfigError(f"{where}: zoom_factor {o['zoom_factor']} would resize label maps bilinearly; only 8 is supported")
     if o.get("ignore_label", 255) != 255:
@@ -301,7 +312,7 @@ def from_original(
         out["model"]["init"] = o["weight"]
     return out
 
-# %% ../../nbs/training/config.ipynb #e522b02b
+# %% ../../nbs/training/config.ipynb #d9732d38
 def _original_model(o, where):
     arch, small = o.get("arch"), o.get("mode", "large") == "small"
     if arch == "baseline":
@@ -329,6 +340,8 @@ def read_yaml(source) -> tuple[str, dict]:
         raise ConfigError(f"no config {str(source)!r}.{hint} Shipped: {', '.join(shipped_configs())}; or give the path of a YAML file")
     try:
         d = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         raise ConfigError(f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}: {getattr(e, 'problem', e)}") from None

@@ -6,7 +6,8 @@
 __all__ = ['build_dataset', 'build_model', 'parameter_groups', 'build_optimizer', 'lr_factor', 'ModelEma', 'TrainingError',
            'Trainer', 'fit', 'load_weights', 'load_trained', 'build_skeleton']
 
-# %% ../../nbs/training/loop.ipynb #8b865c42
+# %% ../../nbs/training/loop.ipynb #5e278fcb
+import contextlib
 import copy
 import math
 import time
@@ -19,18 +20,19 @@ from torch import nn
 
 from ..core import (CheckpointError, ConfigError, DataError, MlmsError, get_device, keep_freed_memory, load_checkpoint,
                           save_checkpoint, seed_everything)
-from ..data.datasets import create_dataset
+from ..data.datasets import DATASETS, create_dataset
 from ..data.labels import get_table
 from ..data.loaders import CachedDataset, ResizedDataset, eval_loader, train_loader
 from ..data.transforms import EvalTransform, TrainTransform
 from ..losses.contract import create_loss
 from ..networks.backbones import MobileNetV3
 from ..networks.mlmsnet import create_model
+from ..networks.weights import load_original
 from .config import Config, config_hash, parse_config, to_dict
 from .metrics import ConfusionMatrix
 from .records import RunFolder, RunRecord, data_fingerprint, environment, load_run
 
-# %% ../../nbs/training/loop.ipynb #07b2052c
+# %% ../../nbs/training/loop.ipynb #1613fc6f
 def build_dataset(
     cfg: Config,  # Settings; the section `data` is read
     split: str,  # `train`, `val`, `test`, `trainval`, or a list file
@@ -38,8 +40,11 @@ def build_dataset(
 ):
     "The data set of a split, resized and cached as the config says"
     d = cfg.data
+    DATASETS[d.name]  # an unknown name stops here, with the valid ones
+    if d.name == "list" and d.num_classes is None:
+        raise ConfigError("data.name list does not say how many classes there are; give --data.num_classes (void, 255, not counted)")
     if str(split).endswith(".txt") or d.name == "list":
-        table = (d.num_classes or "cityscapes") if d.name == "list" else get_table(d.name)
+        table = d.num_classes if d.name == "list" else get_table(d.name)
         data = create_dataset("list", d.root, str(split), table=table, mask_map={11: 255} if d.name == "camvid" else None)
     else:
         data = create_dataset(d.name, d.root, split)
@@ -121,7 +126,7 @@ class ModelEma:
             if not s.is_floating_point():
                 s.copy_(f)
 
-# %% ../../nbs/training/loop.ipynb #fb72ec32
+# %% ../../nbs/training/loop.ipynb #fa12995f
 class TrainingError(MlmsError):
     "Training cannot go on"
 
@@ -172,7 +177,13 @@ class Trainer:
         kind = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.cfg.train.amp]
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
-# %% ../../nbs/training/loop.ipynb #2ee045ec
+    def _stop(self, what: str, indices):
+        names = [self.train_data.names[i] for index in indices for i in index.tolist()]
+        raise TrainingError(f"{what} in epoch {self.epoch + 1}, step {self.step}, images {', '.join(names)}; "
+                            "check their labels with `mlmsnet data verify`, lower --train.lr, or set --train.clip_grad 1. "
+                            "The last checkpoint is unharmed")
+
+# %% ../../nbs/training/loop.ipynb #7050e105
 @patch
 def train_step(self: Trainer, batches) -> dict:
     "One optimiser step over `accumulate` batches; returns the losses as floats"
@@ -194,15 +205,16 @@ def train_step(self: Trainer, batches) -> dict:
                 shown["aux"] = shown.get("aux", 0.0) + aux.item() / n
         value = main.item()
         if not math.isfinite(value):
-            names = [self.train_data.names[i] for i in index.tolist()]
-            raise TrainingError(f"the loss became {value} in epoch {self.epoch + 1}, step {self.step}, images {', '.join(names)}; "
-                                "check their labels with `mlmsnet data verify`, lower --train.lr, or set --train.clip_grad 1. "
-                                "The last checkpoint is unharmed")
+            self._stop(f"the loss became {value}", [index])
         self.scaler.scale(loss / n).backward()
         shown["loss"] += value / n
+    self.scaler.unscale_(self.optimizer)
+    params = [p for p in self.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in params])
     if cfg.train.clip_grad:
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), cfg.train.clip_grad)
+        nn.utils.clip_grads_with_norm_(params, cfg.train.clip_grad, norm)
+    if not self.scaler.is_enabled() and not math.isfinite(norm):  # with fp16 now and then expected: the scaler skips the step
+        self._stop(f"the gradients became {norm.item()}", [index for *_, index in batches])
     self.scaler.step(self.optimizer)
     self.scaler.update()
     if self.ema:
@@ -296,7 +308,7 @@ def save_best(self: Trainer, path):
     save_checkpoint({"format": 1, "config": to_dict(self.cfg), "num_classes": self.train_data.num_classes, "model": model.state_dict(),
                      "input": _input_spec(self.model), "epoch": self.epoch, "best": self.best}, path)
 
-# %% ../../nbs/training/loop.ipynb #4452aece
+# %% ../../nbs/training/loop.ipynb #905b9d44
 def fit(
     cfg: Config,  # All settings
     run_dir,  # Folder of the run; one that holds a part of this run is gone on with
@@ -311,6 +323,9 @@ def fit(
         keep_freed_memory()
     train_data = train_data if train_data is not None else build_dataset(cfg, cfg.data.train, augmentable=True)
     val_data = val_data if val_data is not None else build_dataset(cfg, cfg.data.val)
+    for use, split, data in (("learned from", cfg.data.train, train_data), ("scored", cfg.data.val, val_data)):
+        if not getattr(data, "has_labels", True):
+            raise DataError(f"{cfg.data.root}: the split {split!r} has no labels, so it cannot be {use}; choose another --data.train or --data.val")
     trainer = Trainer(cfg, train_data, val_data, progress)
     with RunFolder(run_dir, cfg, overwrite) as folder:
         last = folder.path / "last.pt"
@@ -325,7 +340,8 @@ def fit(
             try:
                 _run_epochs(trainer, folder, last, on_epoch)
             except (MlmsError, RuntimeError, MemoryError) as e:
-                folder.write_summary(status="failed", reason=f"{type(e).__name__}: {e}".splitlines()[0], **facts)
+                with contextlib.suppress(OSError):  # a full disk: the error to show is the first one
+                    folder.write_summary(status="failed", reason=f"{type(e).__name__}: {e}".splitlines()[0], **facts)
                 raise
         folder.write_history(trainer.history)
         folder.write_summary(status="finished", **facts, cost=_cost(trainer), results=_results(trainer))
@@ -333,18 +349,28 @@ def fit(
 
 
 def _own_checkpoint(path, cfg):
-    state = load_checkpoint(path)
-    if "optimizer" not in state or state.get("config_hash") != config_hash(cfg):
+    try:
+        state = load_checkpoint(path)
+    except CheckpointError as e:
+        raise CheckpointError(f"{str(e).split('. Save its')[0]}. Put a good copy back, or start the run anew with --overwrite") from e
+    if not isinstance(state, dict) or "optimizer" not in state or state.get("config_hash") != config_hash(cfg):
         raise CheckpointError(f"{path}: not a checkpoint of this run (other settings); choose another --run, or --overwrite")
     return state
 
-# %% ../../nbs/training/loop.ipynb #42a9fb03
+# %% ../../nbs/training/loop.ipynb #253efc00
 def _run_epochs(t: Trainer, folder: RunFolder, last: Path, on_epoch):
     def save():
         save_checkpoint(t.state(), last)
 
-    epochs, writer = t.cfg.train.epochs, _tensorboard(folder.path / "tb", t.step)
-    bar = _bar(t, folder.path.name) if t.progress else None
+    epochs, writer = t.cfg.train.epochs, _tensorboard(folder.path / "tb", t.epoch + 1)
+    with contextlib.ExitStack() as stack:  # the bar ends its line before an error is printed
+        bar = stack.enter_context(_bar(t, folder.path.name)) if t.progress else None
+        if writer:
+            stack.callback(writer.close)
+        _epochs(t, folder, save, epochs, bar, writer, on_epoch)
+
+
+def _epochs(t, folder, save, epochs, bar, writer, on_epoch):
     while t.epoch < epochs:
         t.train_epoch(bar, save)
         row = {"epoch": t.epoch + 1, "step": (t.epoch + 1) * t.steps_per_epoch, "lr": t.optimizer.param_groups[0]["lr"],
@@ -361,10 +387,6 @@ def _run_epochs(t: Trainer, folder: RunFolder, last: Path, on_epoch):
         _report(row, epochs, bar, writer)
         if on_epoch:
             on_epoch(t)
-    if bar is not None:
-        bar.close()
-    if writer:
-        writer.close()
 
 
 def _bar(t, name):
@@ -410,7 +432,7 @@ def _results(t: Trainer) -> dict:
     last = {k: v for k, v in scored[-1].items() if k in ("miou", "macc", "allacc", "iou", "epoch")} if scored else None
     return {"best": t.best, "last": last}
 
-# %% ../../nbs/training/loop.ipynb #ce425746
+# %% ../../nbs/training/loop.ipynb #9acc56e0
 def load_weights(
     model: nn.Module,  # The network to fill
     path,  # A checkpoint of ours, a bare state_dict, or an original checkpoint
@@ -419,6 +441,9 @@ def load_weights(
     state = load_checkpoint(path)
     state = state.get("ema") or state.get("model") or state.get("state_dict") or state
     state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}
+    if any(k.startswith("layer0.") for k in state):
+        load_original(model, path)
+        return
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("aux")}  # an auxiliary head that this network has not
     missing = [k for k in own if k not in state and not k.startswith("aux")]

@@ -76,7 +76,7 @@ def data_fingerprint(
             h.update(f"{Path(p).name}:{os.path.getsize(p)}\n".encode() if p else b"-\n")
     return h.hexdigest()[:8]
 
-# %% ../../nbs/training/records.ipynb #b79839b1
+# %% ../../nbs/training/records.ipynb #83a35947
 class RunFolder:
     "A run's folder, open for writing by one process"
 
@@ -87,6 +87,8 @@ class RunFolder:
         overwrite: bool = False,  # Start anew in a folder that holds another or a finished run
     ):
         self.path, self.cfg = Path(path), cfg
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; --run needs the name of a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._clear_leftovers()
