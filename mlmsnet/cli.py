@@ -160,13 +160,14 @@ def _load(args, settings):
     cfg = parse_config(to_dict(cfg), settings)
     return model.to(get_device(cfg.device)), cfg
 
-# %% ../nbs/cli.ipynb #f6285904
+# %% ../nbs/cli.ipynb #94e5d7df
 def _add_predict(sub):
     p = _command(sub, "predict", predict, "Segment images.", settings=True)
     p.add_argument("run", help="a run's folder or a checkpoint")
     p.add_argument("images", nargs="+", help="image files, or folders of them")
     p.add_argument("--out", metavar="DIR", default="predictions", help="where the pictures go (default: predictions)")
     p.add_argument("--config", metavar="CONFIG", help="settings of a checkpoint that has none inside")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.add_argument("--blend", type=float, default=0.6, metavar="A", help="weight of the colours over the image, 0 to 1 (default 0.6)")
 
 
@@ -184,27 +185,34 @@ def predict(args, settings):
     table = _table(cfg, model.num_classes)
     device = next(model.parameters()).device
     out = Path(args.out)
-    for f in tqdm(files, unit="image", disable=None):
-        image = read_image(f)
+    for f, name in tqdm(files, unit="image", disable=True if args.quiet else None):
+        image = read_image(f, orient=True)
         mask = segment(model, image, cfg.eval, model.backbone.mean, model.backbone.std, device)
         color = colorize(mask, table)
         blend = cv2.addWeighted(image, 1 - args.blend, color, args.blend, 0)
         for kind, picture in (("labels", mask), ("color", color), ("blend", blend)):
-            write_png(out / kind / f"{f.stem}.png", picture)
+            write_png(out / kind / f"{name}.png", picture)
     print(f"{len(files)} images → {out}/labels, {out}/color, {out}/blend")
 
 
 def _image_files(paths):
+    "(file, name of its results): a folder's files keep their place in it; two results of one name are refused"
     files = []
     for p in map(Path, paths):
         if p.is_dir():
-            files += sorted(f for f in p.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+            found = sorted(f for f in p.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+            files += [(f, f.relative_to(p).with_suffix("").as_posix()) for f in found]
         elif p.is_file():
-            files.append(p)
+            files.append((p, p.stem))
         else:
             raise DataError(f"{p}: no such image or folder")
     if not files:
         raise DataError(f"no image (png, jpg, bmp, webp) in {', '.join(map(str, paths))}")
+    seen = {}
+    for f, name in files:
+        if name in seen:
+            raise DataError(f"{f} and {seen[name]} would both be written as {name}.png; rename one, or give them in two commands with two --out")
+        seen[name] = f
     return files
 
 

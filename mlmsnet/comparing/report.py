@@ -63,11 +63,11 @@ def short_labels(records: list[RunRecord]) -> list[str]:
         labels.append(", ".join(parts) or r.path.name)
     return labels if len(set(labels)) == len(labels) else [str(r.path) for r in records]
 
-# %% ../../nbs/comparing/report.ipynb #1e062163
+# %% ../../nbs/comparing/report.ipynb #7e851fa8
 def curves_figure(entries: list[Entry]) -> Figure:
     "Training loss and validation mIoU over epochs"
-    with rc_context(viz._STYLE):
-        fig = viz._figure(8, 2.8)
+    with rc_context(viz.STYLE):
+        fig = viz.figure(8, 2.8)
         for ax, key, name in zip(fig.subplots(1, 2), ("loss", "miou"), ("training loss", "validation mIoU")):
             for i, e in enumerate(entries):
                 x, y = e.record.curve(key)
@@ -82,8 +82,8 @@ def class_heatmap(entries: list[Entry]) -> Figure:
     shown = [e for e in entries if e.metrics]
     names = shown[0].record.summary["classes"]
     iou = np.array([[np.nan if v is None else v for v in e.metrics["iou"]] for e in shown], float)
-    with rc_context(viz._STYLE):
-        fig = viz._figure(max(6, 0.5 * len(names) + 1.6), 0.42 * len(shown) + 1.3)
+    with rc_context(viz.STYLE):
+        fig = viz.figure(max(6, 0.5 * len(names) + 1.6), 0.42 * len(shown) + 1.3)
         ax = fig.subplots()
         ax.imshow(iou, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")

@@ -173,7 +173,7 @@ def config_parser(prog: str = "mlmsnet", **kwargs):
                 action.help = notes.get(section.name) or action.help
     return parser
 
-# %% ../../nbs/training/config.ipynb #81277b75
+# %% ../../nbs/training/config.ipynb #0301e503
 def valid_keys() -> list[str]:
     "All leaves of `Config` as dotted names: `data.root`, …, `seed`"
     out = []
@@ -203,9 +203,14 @@ def check_keys(
             raise ConfigError(_no_key(name, [*keys, *sections], where))
 
 
+_ALSO_CALLED = {"learning_rate": "lr", "base_lr": "lr", "bs": "batch_size", "batchsize": "batch_size", "num_workers": "workers",
+                "num_epochs": "epochs", "max_epochs": "epochs", "criterion": "params", "arch": "backbone", "pretrained": "weights", "wd": "weight_decay"}
+
+
 def _no_key(key, keys, where):
     tails = {k.split(".")[-1]: k for k in keys}
-    near = nearest(key, keys, n=2) or [tails[t] for t in nearest(key.split(".")[-1], tails, n=2)]
+    other = tails.get(_ALSO_CALLED.get(key.split(".")[-1]))
+    near = [other] if other else nearest(key, keys, n=2) or [tails[t] for t in nearest(key.split(".")[-1], tails, n=2)]
     hint = f" Did you mean {' or '.join(near)}?" if near else f" Valid: {', '.join(keys)}"
     return f"{where}: no setting {key!r}.{hint}"
 
