@@ -42,8 +42,9 @@ def test_same_seed_same_scene_in_another_process():
     assert run.stdout.strip() == hashlib.sha256(s.image.tobytes() + s.label_ids.tobytes() + str(s.polygons).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("cfg", [MiniCityConfig(), MiniCityConfig(101, 333), MiniCityConfig(32, 32), MiniCityConfig(300, 200, label_noise=0.8)])
-def test_labels_are_the_polygons(cfg):
+@pytest.mark.parametrize("size, noise", [((256, 512), 0), ((101, 333), 0), ((32, 32), 0), ((300, 200), 0.8)])
+def test_labels_are_the_polygons(size, noise):
+    cfg = MiniCityConfig(*size, label_noise=noise)
     for seed in range(4):
         s = draw_scene(seed, cfg)
         assert s.image.shape == (cfg.height, cfg.width, 3) and s.image.dtype == np.uint8

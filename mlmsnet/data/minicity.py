@@ -126,13 +126,13 @@ class Plan:
         hull = cv2.convexHull(np.concatenate([base + away * low, base + away * height]).astype(np.float32))[:, 0]
         return [(np.stack([hull[:, 0] + x, np.zeros(len(hull)), hull[:, 1] + z], -1), dark, 1.2 * self.blur)]
 
-# %% ../../nbs/data/minicity.ipynb #74e226e3
+# %% ../../nbs/data/minicity.ipynb #c9472fe7
 def _houses(p: Plan, side: int, x: float, kind: str, gaps, other_height: float, across: float):
     d = p.dice
     z, last = -8 + 6 * d.random(), (-99.0, 0.0, 0.0)                             # end and height of the house before
     tall = d.choice((13, 15, 17, 20)) if kind != "house" else 5.5
     while z < 150:
-        length = (9 + 9 * d.random()) if kind != "house" else 8 + 5 * d.random()
+        length = ((9 + 9 * d.random()) if kind != "house" else 8 + 5 * d.random()) * (1.5 if z > 70 else 1)
         height = max(3.2, tall * (.72 + .5 * d.random())) if kind != "office" else 12 + 16 * d.random()
         gap = next((g for g in gaps if z < g[1] and z + length > g[0]), None)
         if gap:
@@ -194,9 +194,9 @@ def _trees(p: Plan, side: int, x: float, z0: float, z1: float, spacing: float, g
             mixed = d.random() < .25 + .5 * (spread > 1)
             _tree(p, side * (x + spread * (d.random() - .5) * 2), z, size[0] + (size[1] - size[0]) * d.random(),
                   d.choice(("round", "oval", "cone")) if mixed else kind, int(d.random() * 6) if mixed else tint)
-        z += spacing * (.7 + .6 * d.random())
+        z += spacing * (.7 + .6 * d.random()) * (1 if z < 70 else 1.7)
 
-# %% ../../nbs/data/minicity.ipynb #c65e0ad4
+# %% ../../nbs/data/minicity.ipynb #a4244d24
 def _frontage(p: Plan, side: int, x: float, kind: str, gaps, other: float, across: float):
     "What stands behind the pavement, from x metres outwards"
     d = p.dice
@@ -214,8 +214,8 @@ def _frontage(p: Plan, side: int, x: float, kind: str, gaps, other: float, acros
     elif kind == "park":
         _barrier(p, side, x + .1, d.choice(("fence", "wall", "hedge", "fence")), gaps)
         _trees(p, side, x + 2.5, 6, 150, 7, gaps, 1.2, (6, 11))
-        _trees(p, side, x + 9, 18, 170, 6, gaps, 3, (8, 13))
-        _trees(p, side, x + 20, 40, 200, 9, gaps, 5, (9, 15))
+        _trees(p, side, x + 9, 18, 170, 7.5, gaps, 3, (8, 13))
+        _trees(p, side, x + 20, 40, 200, 14, gaps, 5, (9, 15))
         if d.random() < .6:
             _houses(p, side, x + 26, "block", gaps, 0, across)
     elif kind == "open":
@@ -267,7 +267,7 @@ def paint_bin(canvas: Canvas, seed: int, x: float, z: float, wide: float, height
     canvas.fill(np.array([[u - a * 1.05, v - height * k], [u - a * 1.05, v - height * k * .9], [u + a * 1.05, v - height * k * .9], [u + a * 1.05, v - height * k]]), canvas.light.lit([c * 1.25 for c in color]))
     canvas.stamp("static", [body], depth)
 
-# %% ../../nbs/data/minicity.ipynb #29dd7cf3
+# %% ../../nbs/data/minicity.ipynb #4dfb8ee3
 def _car(p: Plan, x, z, heading, group="", label="car", **kw):
     p.add(z, lambda c, s: paint_car(c, s, x, z, heading, label=label, **kw), group,
           p.contact(x, z, 1.05 if abs(math.sin(heading)) < .7 else 2.3, 2.5 if abs(math.sin(heading)) < .7 else 1.0, .95)
@@ -284,12 +284,12 @@ def _vehicles(p: Plan, lanes, gaps, busy: float):
                 if pick < .04 and z > 14:
                     p.add(z - 5, lambda c, s, x=xx, z=z, h=heading: paint_bus(c, s, x, z + 3, h), "bus", p.contact(xx, z + 3, 1.4, 6) + p.cast(xx, z + 3, 1.25, 5.7, 3))
                     z += 8
-                elif pick < .075 and z > 13:
+                elif pick < .1 and z > 13:
                     p.add(z - 3, lambda c, s, x=xx, z=z, h=heading: paint_truck(c, s, x, z + 2, h), "truck", p.contact(xx, z + 2, 1.3, 4) + p.cast(xx, z + 2, 1.2, 3.8, 3))
                     z += 6
-                elif pick < .15:
+                elif pick < .19:
                     p.add(z, lambda c, s, x=xx, z=z, h=heading: paint_cyclist(c, s, x, z, h, True), "motorcycle", p.contact(xx, z, .4, 1.1) + p.cast(xx, z, .3, .9, 1.4))
-                elif pick < .16:
+                elif pick < .2:
                     _car(p, xx, z, heading + wobble, label="caravan", kind="van")
                 else:
                     _car(p, xx, z, heading + wobble, brake=d.random() < .3)
@@ -310,7 +310,7 @@ def _parked(p: Plan, side: int, x: float, gaps, full: float):
                     p.add(z + i * 1.2, lambda c, s, z=z + i * 1.2: paint_cyclist(c, s, side * (x + .3), z, side * 1.2, True, False), "motorcycle", p.contact(side * (x + .3), z + i * 1.2, .9, .4))
             else:
                 _car(p, side * (x + .15 * (d.random() - .5)), z, heading + .05 * (d.random() - .5))
-        z += 5.6 + 1.2 * d.random()
+        z += (5.6 + 1.2 * d.random()) * (1 if z < 50 else 2)
 
 
 def _people(p: Plan, side: int, x0: float, x1: float, crowd: float, crossing):
@@ -661,7 +661,7 @@ def _write_scene(job):
 def _one_thread():
     cv2.setNumThreads(1)
 
-# %% ../../nbs/data/minicity.ipynb #bfaae53b
+# %% ../../nbs/data/minicity.ipynb #871df753
 def write_minicity(
     root,  # The folder; made if it is not there
     train: int = 200,  # Scenes of each split
@@ -690,9 +690,14 @@ def write_minicity(
             for _ in pool.map(_write_scene, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers)))):
                 bar.step()
     else:
-        for job in jobs:
-            _write_scene(job)
-            bar.step()
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)                                                  # many small strokes: threads would only wait for each other
+        try:
+            for job in jobs:
+                _write_scene(job)
+                bar.step()
+        finally:
+            cv2.setNumThreads(threads)
     bar.close()
     return root
 

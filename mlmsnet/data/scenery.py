@@ -7,7 +7,7 @@ __all__ = ['WALLS', 'ROOFS', 'LEAVES', 'SIGNS', 'paint_sky', 'strip', 'paint_str
            'window_cell', 'facade_texture', 'visible_range', 'wall_quad', 'paste', 'paint_house', 'paint_crown',
            'paint_tree', 'paint_hedge', 'paint_wall', 'paint_fence', 'paint_pole', 'paint_sign', 'paint_signal']
 
-# %% ../../nbs/data/scenery.ipynb #c8b0d1c2
+# %% ../../nbs/data/scenery.ipynb #1bcfc38d
 import math
 import random
 from functools import cache
@@ -15,7 +15,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from .brushes import Camera, Canvas, Light, blend_sprite, clip_near, crown, noise_tile
+from .brushes import Camera, Canvas, Light, paste_sprite, clip_near, crown, noise_tile
 
 # %% ../../nbs/data/scenery.ipynb #00acb3a7
 def paint_sky(canvas: Canvas, dice: random.Random):
@@ -75,7 +75,7 @@ def paint_cross(canvas: Canvas, label: str | None, z0: float, z1: float, color, 
     if label:
         canvas.stamp(label, [points], 1000.0)
 
-# %% ../../nbs/data/scenery.ipynb #306d5e83
+# %% ../../nbs/data/scenery.ipynb #4e1a388f
 def finish_ground(canvas: Canvas, shadows: list, dice: random.Random, rough: float = 1.0):
     "Grain and shadows for all that lies below the horizon, and its depth; `shadows`: (N x 3 world points, darkness 0..1, blur in pixels)"
     cam = canvas.cam
@@ -105,17 +105,19 @@ def _shadow_map(canvas: Canvas, shadows: list, top: int) -> np.ndarray:
     H, W = canvas.depth.shape
     sky_share = np.mean(canvas.light.ambient) / max(canvas.light.gain((0, 1, 0)).mean(), 1e-3)   # what is left without the sun
     total = np.ones((H - top, W), np.float32)
-    for blur in sorted({b for _, _, b in shadows}):
-        mask = np.zeros((H - top, W), np.uint8)
-        for points, dark, b in shadows:
-            if b == blur:
-                flat = cam.flatten(clip_near(cam.turn(points), cam.near))
-                if len(flat) >= 3:
-                    cv2.fillPoly(mask, [np.rint(np.clip(flat - (0, top), -4000, 4000) * 16).astype(np.int32)], int(255 * dark), cv2.LINE_AA, 4)
-        if mask.any():
-            mask = cv2.GaussianBlur(mask, (0, 0), blur) if blur else mask
-            floor = sky_share if blur < 3 else .3                  # contact shadows shut out the sky too
-            total = np.minimum(total, 1 - (1 - floor) * (mask.astype(np.float32) / 255))
+    turned = cam.turn(np.concatenate([points for points, _, _ in shadows]))     # all at once, then one by one
+    flat, masks, i = cam.flatten(turned) - (0, top), {}, 0
+    for points, dark, blur in shadows:
+        n = len(points)
+        ahead = turned[i:i + n, 2].min() >= cam.near
+        shape = flat[i:i + n] if ahead else cam.flatten(clip_near(turned[i:i + n], cam.near)) - (0, top)
+        i += n
+        if len(shape) >= 3 and shape[:, 1].max() > 0 and shape[:, 0].max() > 0 and shape[:, 0].min() < W:
+            mask = masks.setdefault(blur, np.zeros((H - top, W), np.uint8))
+            cv2.fillPoly(mask, [np.rint(np.clip(shape, -4000, 4000) * 16).astype(np.int32)], int(255 * dark), cv2.LINE_AA, 4)
+    for blur, mask in sorted(masks.items()):
+        floor = sky_share if blur < 3 * H / 256 - .1 else .3               # contact shadows shut out the sky too
+        total = np.minimum(total, cv2.GaussianBlur(mask, (0, 0), blur).astype(np.float32) * np.float32((floor - 1) / 255) + 1)
     return total
 
 # %% ../../nbs/data/scenery.ipynb #b7addec2
@@ -194,7 +196,7 @@ def window_cell(style: int) -> np.ndarray:
         cell[-1:, :, 2] = np.maximum(cell[-1:, :, 2], .4)
     return cell
 
-# %% ../../nbs/data/scenery.ipynb #5a5c34ff
+# %% ../../nbs/data/scenery.ipynb #0d042af4
 def facade_texture(
     dice: random.Random,
     light: Light,
@@ -218,16 +220,15 @@ def facade_texture(
         mask = cv2.resize(window_cell(k), (w, h), interpolation=cv2.INTER_AREA).reshape(h, w, 3)
         pane, frame, shade = mask[..., :1], mask[..., 1:2], mask[..., 2:]
         solid.append((wall * (1 - frame) + trim * frame) * (1 - .55 * shade) * (1 - pane))
-        glass.append(pane * (1 - .7 * shade))
-    solid, glass = (np.concatenate([np.tile(part[0], (floors - 1 - skip, bays, 1)), np.tile(part[1], (1, bays, 1))]) for part in (solid, glass))
+        glass.append((pane * (1 - .7 * shade))[..., 0])
+    solid, glass = (np.concatenate([np.tile(part[0], (floors - 1 - skip, bays) + more), np.tile(part[1], (1, bays) + more)]) for part, more in ((solid, (1,)), (glass, ())))
     rows, cols = (floors - skip) * h, bays * w
     height = np.linspace(skip / floors, 1, rows, dtype=np.float32)[:, None]
     here = np.where((height < sunlit)[..., None], np.float32(gain), np.float32(gain if shaded is None else shaded))          # rows x 1 x 3
     ox, oy = int(dice.random() * 256), int(dice.random() * 256)
     grain = noise_tile(256, 8, 5, .7, 5)[((np.arange(rows) * 2 + oy) % 256)[:, None], ((np.arange(cols) * 2 + ox) % 256)[None]]
     soot = 1 - .22 * np.clip((height - .8) * 5, 0, 1) + .035 * grain     # darker towards the pavement
-    solid *= soot[..., None]
-    solid *= here
+    solid = cv2.multiply(solid, cv2.merge([soot * here[..., c] for c in range(3)]))
     # the panes: a mirror of the sky, a curtain, or a lamp
     pane = np.array([dice.random() for _ in range(floors * bays)], np.float32).reshape(floors, bays)[skip:]
     mirror = np.linspace(1.15, .45, floors, dtype=np.float32)[skip:, None] * (.35 + .65 * pane)
@@ -235,16 +236,19 @@ def facade_texture(
     inside = np.float32(light.horizon) * .5 * mirror[..., None] * (.4 + .6 * lit) + 12
     inside = np.where((pane > .82)[..., None], .4 * inside + .6 * np.float32([215, 208, 196]) * lit, inside)
     inside = np.where((pane < .45 * light.dusk)[..., None], np.float32([255, 205, 130]) * (.55 + .8 * pane[..., None]), inside)
-    inside = cv2.resize(inside.reshape(len(pane), bays, 3), (cols, rows), interpolation=cv2.INTER_NEAREST)
-    solid += inside * glass
-    return cv2.convertScaleAbs(solid)
+    inside = cv2.resize(inside.reshape(len(pane), bays, 3).astype(np.float32), (cols, rows), interpolation=cv2.INTER_NEAREST)
+    return cv2.convertScaleAbs(cv2.add(solid, cv2.multiply(inside, cv2.merge([glass, glass, glass]))))
 
-# %% ../../nbs/data/scenery.ipynb #9408de2a
+# %% ../../nbs/data/scenery.ipynb #07df54d0
 _STEPS = np.linspace(0, 1, 25)
 
 
 def visible_range(cam: Camera, p0, p1):
     "The part [a, b] of the ground line p0 -> p1 (x, z) that is in sight, or None"
+    u0, _, z0, _ = cam.point(p0[0], 0, p0[1])
+    u1, _, z1, _ = cam.point(p1[0], 0, p1[1])
+    if z0 > 2 * cam.near < z1 and max(u0, u1) > -20 and min(u0, u1) < cam.width + 20 and min(u0, u1) > -40 and max(u0, u1) < cam.width + 40:
+        return 0.0, 1.0                                                    # all of it, as most walls that are far away
     t = _STEPS
     line = np.stack([p0[0] + (p1[0] - p0[0]) * t, 0 * t, p0[1] + (p1[1] - p0[1]) * t], -1)
     turned = cam.turn(line)
@@ -283,7 +287,7 @@ def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndar
     part = canvas.depth[y0:y1, x0:x1]
     np.copyto(part, np.broadcast_to(depth, mask.shape), where=mask > 0)
 
-# %% ../../nbs/data/scenery.ipynb #449c89ee
+# %% ../../nbs/data/scenery.ipynb #fc35f91d
 WALLS = ((206, 186, 150), (190, 160, 128), (216, 208, 192), (168, 120, 96), (150, 92, 74), (196, 190, 180), (176, 168, 150), (222, 202, 166),
          (140, 136, 132), (186, 140, 110), (204, 180, 172), (160, 164, 168), (228, 220, 206), (178, 150, 120), (120, 104, 94), (198, 198, 202))
 ROOFS = ((120, 70, 56), (96, 60, 52), (84, 84, 90), (70, 72, 78), (134, 88, 66), (104, 96, 92))
@@ -331,7 +335,14 @@ def paint_house(
         first, last = int(a * bays), min(bays, int(math.ceil(b * bays + 1e-6)))
         skip = min(floors - 1, max(0, int((height - cam.h - (cam.v0 + 4) * max(za, zb) / cam.f) / height * floors)))
         k = 1.7 * cam.f / (za + zb)
-        cell = (int(min(44, max(3, k * height / floors))), int(min(44, max(3, 1.3 * abs(quad[1, 0] - quad[0, 0]) / max(b - a, 1e-3) / bays))))
+        cell = (int(min(42, max(3, k * height / floors))), int(min(36, max(3, 1.3 * abs(quad[1, 0] - quad[0, 0]) / max(b - a, 1e-3) / bays))))
+        if abs(quad[1, 0] - quad[0, 0]) < 14 and abs(quad[2, 1] - quad[1, 1]) < 60:       # far away: colour and floors
+            canvas.fill(quad, light.lit([c * .86 for c in wall], normal))
+            rows = (np.arange(floors)[:, None] + [.3, .75]) / floors               # where the windows begin and end
+            left, right = (quad[i] + (quad[j] - quad[i]) * rows[..., None] for i, j in ((0, 3), (1, 2)))
+            canvas.fill_many(np.stack([left[:, 0], right[:, 0], right[:, 1], left[:, 1]], 1), light.lit([c * .6 for c in wall], normal))
+            outline.append(quad)
+            continue
         facing = sum(n * s for n, s in zip(normal, d))
         sunlit = 1.0
         if street and facing > 0 and opposite > 0 and abs(d[0]) > .05:      # how far down the front the sun reaches
@@ -372,7 +383,7 @@ def _roof(canvas, p0, p1, a, b, height, pitch, ridge, color, trim):
     over.append(band)
     return over
 
-# %% ../../nbs/data/scenery.ipynb #36be8172
+# %% ../../nbs/data/scenery.ipynb #1e63baa8
 LEAVES = (((26, 42, 20), (138, 164, 78)), ((20, 38, 22), (104, 142, 70)), ((34, 46, 18), (164, 172, 84)), ((28, 40, 26), (120, 144, 92)),
           ((56, 38, 16), (196, 150, 62)), ((22, 34, 24), (88, 124, 74)))
 
@@ -382,11 +393,10 @@ def paint_crown(canvas: Canvas, kind: str, seed: int, u: float, v: float, w: flo
     light = canvas.light
     gain = light.gain((-.6 if light.to_sun[0] < 0 else .6, .6, -.5))
     dark, bright = (np.float32(c) * g for c, g in zip(LEAVES[tint], (np.float32(light.ambient) * 1.5, gain)))
-    painted = blend_sprite(canvas, crown(kind, seed % 3), u, v, w, h, dark, bright, flip=light.to_sun[0] > 0)
+    painted = paste_sprite(canvas, crown(kind, seed % 3), u, v, w, h, dark, bright, flip=light.to_sun[0] > 0)
     if painted is None:
         return
-    alpha, corner = painted
-    mask = np.where(alpha > 110, 255, 0).astype(np.uint8)
+    mask, corner = painted
     k = 3 if w < 40 else 5 if w < 120 else 7
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((k, k), np.uint8))
     canvas.stamp_mask(label, mask, corner, depth, 1.0)
@@ -487,7 +497,7 @@ def paint_fence(canvas: Canvas, seed: int, x: float, z0: float, z1: float, heigh
             canvas.image[y0:y1, x0:x1] = cv2.addWeighted(veil, .7, canvas.image[y0:y1, x0:x1], .3, 0)
     canvas.stamp(label, [quad], (za + zb) / 2)
 
-# %% ../../nbs/data/scenery.ipynb #68f4d063
+# %% ../../nbs/data/scenery.ipynb #aebb405e
 def _bar(u0, v0, u1, v1, half) -> np.ndarray:
     "A bar between two pixels"
     dx, dy = u1 - u0, v1 - v0
@@ -507,7 +517,7 @@ def paint_pole(canvas: Canvas, x: float, z: float, height: float, wide: float = 
     u, v, depth, k = canvas.cam.point(x, 0, z)
     if depth < canvas.cam.near * 2 or k * height < 3 or not -200 < u < canvas.cam.width + 200:
         return
-    half = wide / 2 * k
+    half = max(wide / 2 * k - .5, .15)                                   # what OpenCV fills is one pixel wider than the polygon
     body = _bar(u, v, u, v - height * k, half)
     parts = [body]
     canvas.fill(body, canvas.light.lit(color))

@@ -15,7 +15,7 @@ import numpy as np
 from .brushes import Canvas
 from .scenery import _bar, _disc
 
-# %% ../../nbs/data/traffic.ipynb #3e04801d
+# %% ../../nbs/data/traffic.ipynb #9c4ff6e2
 class Frame:
     "Local coordinates of a vehicle: e ahead of its middle, y up, w to its right, metres"
 
@@ -58,19 +58,19 @@ def extrude(frame: Frame, lower: list, half: float, upper_half: float | None = N
     base = min(y for _, y in lower)
     top = max(y for _, y in lower)
     widths = [half + (upper_half - half) * (y - base) / max(top - base, 1e-6) for _, y in lower]
-    left = frame.pixels([(e, y, -w) for (e, y), w in zip(lower, widths)])
-    right = frame.pixels([(e, y, w) for (e, y), w in zip(lower, widths)])
+    left, right = frame.pixels([[(e, y, s * w) for (e, y), w in zip(lower, widths)] for s in (-1, 1)])
     for side, name, w in ((left, "left", -1), (right[::-1], "right", 1)):
         if _seen(side[::-1]):
             yield side, frame.normal(0, .12, w), name
-    for i in range(len(lower) - 1):
+    quads = np.empty((len(lower) - 1, 4, 2))
+    quads[:, 0], quads[:, 1], quads[:, 2], quads[:, 3] = left[:-1], left[1:], right[1:], right[:-1]
+    for i, quad in enumerate(quads):
         (l0, y0), (l1, y1) = lower[i], lower[i + 1]
-        quad = np.stack([left[i], left[i + 1], right[i + 1], right[i]])
         if _seen(quad):
             n = math.hypot(l1 - l0, y1 - y0) or 1
             yield quad, frame.normal(-(y1 - y0) / n, (l1 - l0) / n, 0), i
 
-# %% ../../nbs/data/traffic.ipynb #40ae43e9
+# %% ../../nbs/data/traffic.ipynb #f73ea62e
 CARS = {  # length, width, height; body; glass house; from rear (e=-.5) to front (e=.5)
     "hatch": ((3.9, 1.72, 1.48), [(-.5, .17), (-.5, .44), (-.485, .62), (.18, .64), (.42, .52), (.5, .42), (.5, .17)], [(-.485, .62), (-.4, .97), (-.33, 1), (-.02, 1), (.2, .64)]),
     "sedan": ((4.6, 1.78, 1.45), [(-.5, .18), (-.5, .5), (-.48, .62), (-.32, .66), (.16, .65), (.43, .54), (.5, .42), (.5, .18)], [(-.35, .65), (-.2, .97), (-.14, 1), (.0, 1), (.2, .64)]),
@@ -127,8 +127,11 @@ def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
     (length, width, height), body, house = CARS[kind]
     if depth < 3.2 + .5 * length * abs(math.cos(heading)) or k * height < 2.5:
         return
-    frame, half = Frame(canvas, x, z, heading), width / 2
     paint = dice.choice(PAINTS)
+    if k * height < 7:
+        _far_car(canvas, x, z, k, depth, heading, (length, width, height), paint, label)
+        return
+    frame, half = Frame(canvas, x, z, heading), width / 2
     body, house = ([(e * length, y * height) for e, y in part] for part in (body, house))
     small = k * height < 9
     outline, sides = [], []
@@ -165,6 +168,27 @@ def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
         _car_details(frame, canvas, dice, length, height, half, sides, paint, brake)
     else:
         _lights(frame, canvas, length, height, half, brake)
+    canvas.stamp(label, outline, depth)
+
+
+def _far_car(canvas, x, z, k, depth, heading, size, paint, label):
+    "A car of a few pixels: body, glass, and the dark below"
+    u, v, _, _ = canvas.cam.point(x, 0, z)
+    length, width, height = size
+    a = (abs(math.cos(heading)) * width + abs(math.sin(heading)) * length) / 2 * k
+
+    def block(y0, y1, w0, w1):
+        return np.array([[u - w0 * a, v - y0 * height * k], [u - w1 * a, v - y1 * height * k], [u + w1 * a, v - y1 * height * k], [u + w0 * a, v - y0 * height * k]])
+
+    outline = [block(0, .65, 1, 1), block(.62, 1, .96, .72)]
+    canvas.fill(outline[0], (18, 18, 20))
+    canvas.fill(block(.2, .66, 1, 1), canvas.light.lit(paint))
+    canvas.fill(outline[1], canvas.light.lit([c * 1.05 for c in paint]))
+    canvas.fill(block(.66, .92, .82, .66), tuple(int(c) for c in np.float32(canvas.light.horizon) * .36 + 8))
+    leaving = math.cos(heading) > 0
+    lamp = ((230, 60, 50) if leaving else (255, 246, 224)) if canvas.light.dusk > .3 else canvas.light.lit((170, 30, 32) if leaving else (228, 230, 232))
+    for side in (-1, 1):
+        canvas.fill(block(.42, .58, .14, .14) + (side * .8 * a, 0), lamp)
     canvas.stamp(label, outline, depth)
 
 
