@@ -8,7 +8,7 @@ VENV = ROOT / ".venv"
 
 
 def main():
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (an older Python may well start this file)
         sys.exit(f"Python {sys.version.split()[0]} is too old, 3.10 or newer is needed. Try: make PYTHON=python3.12 ...")
     python = VENV / "bin" / "python"
     if not python.exists():

@@ -7,12 +7,12 @@ __all__ = ['DataConfig', 'ModelConfig', 'LossConfig', 'TrainConfig', 'Config', '
            'shipped_configs', 'config_parser', 'valid_keys', 'check_keys', 'parse_config', 'is_original',
            'from_original', 'read_yaml', 'save_config']
 
-# %% ../../nbs/training/config.ipynb #a5180562
+# %% ../../nbs/training/config.ipynb #d315a38b
 import hashlib
 import json
 import re
 import warnings
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
