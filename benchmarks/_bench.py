@@ -34,7 +34,7 @@ def machine() -> dict:
 def record(path, name: str, rows: list, **notes):
     """Write the rows of a benchmark with its command, commit and machine as JSON."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    data = {"benchmark": name, "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
+    data = {"benchmark": name, "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]), "commit": commit,
             "machine": machine(), **notes, "rows": rows}
     Path(path).write_text(json.dumps(data, indent=1) + "\n")
     print(f"record: {path}")
