@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_params', 'count_macs', 'latency', 'Cost', 'measure_cost', 'device_name']
 
-# %% ../../nbs/evaluation/cost.ipynb #5320d27c
+# %% ../../nbs/evaluation/cost.ipynb #c42080ca
 import copy
 import platform
 import statistics
@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core import AMP_DTYPES, ConfigError, unknown
 from .inference import evaluating
 
-# %% ../../nbs/evaluation/cost.ipynb #a4369d40
+# %% ../../nbs/evaluation/cost.ipynb #21d21dc0
 def count_params(
     model,
     trainable: bool = False,  # only those that receive gradients
@@ -33,7 +34,7 @@ def count_macs(
 ) -> int:
     """Multiply-adds of the convolutions and matrix products of one image (batch 1, evaluation mode).
 
-    Runs on torch's meta device: shapes without data, so that it costs milliseconds, touches no weight and needs no memory.
+    Runs on torch's meta device: shapes without data, so it touches no weight and needs no memory.
     Additions, activations, normalisation and interpolation are not counted, as is the custom.
     """
     shape = (1, in_chs, *input_hw)
@@ -52,7 +53,7 @@ def _macs(model, x):
         model(x)
     return counter.get_total_flops() // 2
 
-# %% ../../nbs/evaluation/cost.ipynb #629135d0
+# %% ../../nbs/evaluation/cost.ipynb #9ff0a73f
 def latency(
     model,
     input_hw=(713, 713),
@@ -63,10 +64,11 @@ def latency(
     batch: int = 1,
 ) -> float:
     "Median seconds of one forward pass in evaluation mode, warmed"
+    if amp not in AMP_DTYPES:
+        raise ConfigError(unknown("amp", amp, AMP_DTYPES))
     with _placed(model, device) as device, evaluating(model):
         x = torch.zeros(batch, 3, *input_hw, device=device)
-        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "none"):
             for _ in range(warmup):
                 model(x)
             return statistics.median(_seconds(lambda: model(x), device) for _ in range(repeats))

@@ -6,7 +6,7 @@
 __all__ = ['EvalResult', 'prediction_path', 'save_prediction', 'write_png', 'load_prediction', 'weights_digest', 'evaluate',
            'evaluate_predictions']
 
-# %% ../../nbs/evaluation/evaluate.ipynb #f6886d3d
+# %% ../../nbs/evaluation/evaluate.ipynb #9845a6f3
 import hashlib
 import json
 import sys
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..core import ConfigError, DataError, atomic_write, load_json, save_json
+from ..data.datasets import read_label
 from ..data.labels import ID_TO_TRAINID, TRAINID_TO_ID, colorize
 from .inference import InferenceConfig, normalisation, predict
 from ..training.metrics import BoundaryIoU, ConfusionMatrix, SegMetrics, shard
@@ -88,18 +89,16 @@ def write_png(
     except OSError as e:
         raise DataError(f"{path}: could not be written ({e.strerror}); what was saved before is unharmed") from e
 
-# %% ../../nbs/evaluation/evaluate.ipynb #523d9033
+# %% ../../nbs/evaluation/evaluate.ipynb #559e1dd8
 def load_prediction(
     path,
     label_ids: bool = False,  # the file holds Cityscapes label ids
 ) -> np.ndarray:
-    "Class map H x W uint8 of a saved prediction"
+    "Class map H x W uint8 of a saved prediction; a missing, cut or coloured file is a `DataError`"
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such prediction")
-    pred = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.stat().st_size else None
-    if pred is None or pred.dtype != np.uint8 or pred.ndim != 2:
-        raise DataError(f"{path}: is not a grey 8-bit PNG of class numbers (cut short, or a colour image?)")
+    pred = read_label(path)
     return ID_TO_TRAINID[pred] if label_ids else pred
 
 
