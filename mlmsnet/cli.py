@@ -238,7 +238,7 @@ def report(args, settings):
     write_report(runs, args.out, title=args.title)
     print(f"{len(runs)} runs → {args.out}")
 
-# %% ../nbs/cli.ipynb #3a0f1049
+# %% ../nbs/cli.ipynb #4be6498e
 DEMO_LOSSES = ("cross_entropy", "ohem", "dice_ce")
 
 
@@ -287,7 +287,7 @@ def _train_and_score(run, cfg, quiet=False):
     model, cfg_run = load_trained(run, cfg.device)
     result = run_evaluation(model, build_dataset(cfg, cfg.data.test), cfg.eval, next(model.parameters()).device,
                             save_dir=run / "predictions", progress=not quiet, mean=model.mean, std=model.std)
-    save_json({**result.to_dict(), "split": cfg.data.test, "run": str(run), "which": "best", "environment": environment(cfg.device)}, record)
+    save_json({**result.to_dict(), "split": cfg.data.test, "run": str(run), "which": "best", "environment": environment(next(model.parameters()).device)}, record)
 
 # %% ../nbs/cli.ipynb #dd8e348f
 def _add_data(sub):
