@@ -122,7 +122,7 @@ class Light:
         r, g, b = int(color[0] * (a[0] + s[0] * f)), int(color[1] * (a[1] + s[1] * f)), int(color[2] * (a[2] + s[2] * f))
         return (r if r < 255 else 255, g if g < 255 else 255, b if b < 255 else 255)
 
-# %% ../../nbs/data/brushes.ipynb #eaf9287c
+# %% ../../nbs/data/brushes.ipynb #e524c524
 _SHIFT = 4  # OpenCV draws with 1/16 pixel
 
 
@@ -187,13 +187,13 @@ class Canvas:
             if len(c) >= 3:
                 self.objects.append({"label": label, "polygon": (c + np.int32((x0, y0))).tolist()})
         h, w = mask.shape
-        self.depth[y0:y0 + h, x0:x0 + w][mask > 0] = distance
+        cv2.drawContours(self.depth[y0:y0 + h, x0:x0 + w], contours, -1, float(distance), cv2.FILLED)
 
-# %% ../../nbs/data/brushes.ipynb #77113adb
+# %% ../../nbs/data/brushes.ipynb #5a35b94a
 @dataclass(frozen=True)
 class Sprite:
     "Brightness and opacity of a thing, lit from the left"
-    picture: np.ndarray  # h x w x 2 uint8: tone (200 is full light) and opacity
+    picture: np.ndarray  # h x w x 3 uint8: tone (200 is full light), opacity, and opacity with its holes closed
 
 
 def paste_sprite(
@@ -207,7 +207,7 @@ def paste_sprite(
     bright,  # RGB of the lit parts
     flip: bool = False,  # Lit from the right
 ):
-    "Paste a sprite where it is more than 43 % opaque; returns its mask and corner, or None if it is out of sight"
+    "Paste a sprite where it is more than 43 % opaque; returns its mask (holes closed) and corner, or None if it is out of sight"
     H, W = canvas.depth.shape
     x0, y0, x1, y1 = max(0, int(u)), max(0, int(v)), min(W, int(u + w) + 1), min(H, int(v + h) + 1)
     if x1 <= x0 or y1 <= y0 or w < 2 or h < 2:
@@ -222,17 +222,15 @@ def paste_sprite(
     cols, rows = slice(a, max(a + 1, math.ceil(b))), slice(c, max(c + 1, math.ceil(d)))
     size = (x1 - x0, y1 - y0)
     how = cv2.INTER_AREA if sw > w else cv2.INTER_LINEAR
-    tone, alpha = cv2.split(cv2.resize(sprite.picture[rows, cols], size, interpolation=how))
-    if flip:
-        tone, alpha = cv2.flip(tone, 1), cv2.flip(alpha, 1)
+    picture = cv2.resize(sprite.picture[rows, cols], size, interpolation=how)
+    tone, alpha, closed = cv2.split(cv2.flip(picture, 1) if flip else picture)
     dark, bright = np.float32(dark), np.float32(bright)
     ramp = np.clip(np.arange(256, dtype=np.float32)[:, None] / 200 * (bright - dark) + dark, 0, 255).astype(np.uint8)
     color = cv2.LUT(cv2.merge([tone, tone, tone]), ramp[None])           # from tone to colour by a table of 256
-    mask = cv2.threshold(alpha, 110, 255, cv2.THRESH_BINARY)[1]
-    cv2.copyTo(color, mask, canvas.image[y0:y1, x0:x1])
-    return mask, (x0, y0)
+    cv2.copyTo(color, cv2.threshold(alpha, 110, 255, cv2.THRESH_BINARY)[1], canvas.image[y0:y1, x0:x1])
+    return cv2.threshold(closed, 110, 255, cv2.THRESH_BINARY)[1], (x0, y0)
 
-# %% ../../nbs/data/brushes.ipynb #df18ea36
+# %% ../../nbs/data/brushes.ipynb #2540f104
 _CROWNS = {  # half width and half height of the crown's body, where its widest part is (0 top .. 1 bottom)
     "round": (.47, .46, .5), "oval": (.36, .48, .55), "column": (.2, .49, .6), "cone": (.4, .49, .9), "bush": (.48, .44, .7)}
 
@@ -265,4 +263,6 @@ def crown(
         cv2.fillPoly(alpha, [fixed(leaf)], 255, cv2.LINE_8, _SHIFT)
     grain = noise_tile(256, 32, 3, .8, seed)[:size, :size]
     tone = cv2.GaussianBlur(tone, (0, 0), 1.2) * (1 + .2 * grain) + .07 * grain
-    return Sprite(np.dstack([np.clip(tone * 200, 0, 255).astype(np.uint8), cv2.GaussianBlur(alpha, (0, 0), .7)]))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13))
+    closed = cv2.GaussianBlur(cv2.morphologyEx(alpha, cv2.MORPH_CLOSE, disc), (0, 0), 1.5)
+    return Sprite(np.dstack([np.clip(tone * 200, 0, 255).astype(np.uint8), cv2.GaussianBlur(alpha, (0, 0), .7), closed]))

@@ -239,7 +239,7 @@ def facade_texture(
     inside = cv2.resize(inside.reshape(len(pane), bays, 3).astype(np.float32), (cols, rows), interpolation=cv2.INTER_NEAREST)
     return cv2.convertScaleAbs(cv2.add(solid, cv2.multiply(inside, cv2.merge([glass, glass, glass]))))
 
-# %% ../../nbs/data/scenery.ipynb #07df54d0
+# %% ../../nbs/data/scenery.ipynb #aa885345
 _STEPS = np.linspace(0, 1, 25)
 
 
@@ -284,8 +284,7 @@ def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndar
     ua, ub = local[0, 0], local[1, 0]
     t = np.clip((np.arange(x1 - x0, dtype=np.float32) - ua) / (ub - ua if abs(ub - ua) > 1e-3 else 1e-3), 0, 1)
     depth = (1 / ((1 - t) / za + t / zb)).astype(np.float32)
-    part = canvas.depth[y0:y1, x0:x1]
-    np.copyto(part, np.broadcast_to(depth, mask.shape), where=mask > 0)
+    cv2.copyTo(cv2.repeat(depth[None], y1 - y0, 1), mask, canvas.depth[y0:y1, x0:x1])
 
 # %% ../../nbs/data/scenery.ipynb #fc35f91d
 WALLS = ((206, 186, 150), (190, 160, 128), (216, 208, 192), (168, 120, 96), (150, 92, 74), (196, 190, 180), (176, 168, 150), (222, 202, 166),
@@ -383,7 +382,7 @@ def _roof(canvas, p0, p1, a, b, height, pitch, ridge, color, trim):
     over.append(band)
     return over
 
-# %% ../../nbs/data/scenery.ipynb #1e63baa8
+# %% ../../nbs/data/scenery.ipynb #c14dd7c8
 LEAVES = (((26, 42, 20), (138, 164, 78)), ((20, 38, 22), (104, 142, 70)), ((34, 46, 18), (164, 172, 84)), ((28, 40, 26), (120, 144, 92)),
           ((56, 38, 16), (196, 150, 62)), ((22, 34, 24), (88, 124, 74)))
 
@@ -397,8 +396,6 @@ def paint_crown(canvas: Canvas, kind: str, seed: int, u: float, v: float, w: flo
     if painted is None:
         return
     mask, corner = painted
-    k = 3 if w < 40 else 5 if w < 120 else 7
-    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((k, k), np.uint8))
     canvas.stamp_mask(label, mask, corner, depth, 1.0)
 
 
