@@ -6,7 +6,7 @@
 __all__ = ['LOADERS', 'read_state', 'load_strict', 'block_part', 'stage_and_block', 'rename_mobilenetv3_pytorch',
            'rename_torchvision', 'Recipe', 'recipe_of', 'load_torchvision', 'load_mobilenetv3_pytorch', 'family_of']
 
-# %% ../../nbs/networks/pretrained.ipynb #0c27e1bc
+# %% ../../nbs/networks/pretrained.ipynb #36b30084
 import hashlib
 import re
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core import CheckpointError, load_checkpoint
-from .backbones import IMAGENET_MEAN, IMAGENET_STD, MobileNetV3, MobileNetV3Classifier
+from ..core import IMAGENET_MEAN, IMAGENET_STD, CheckpointError, load_checkpoint
+from .backbones import MobileNetV3, MobileNetV3Classifier
 
 # %% ../../nbs/networks/pretrained.ipynb #85065d69
 def read_state(
