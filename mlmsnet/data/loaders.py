@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AugmentedDataset', 'epoch_order', 'EpochBatches', 'SegLoader', 'train_loader', 'eval_loader', 'SubsetDataset',
-           'ResizedDataset', 'CachedDataset']
+           'ResizedDataset', 'in_threads', 'CachedDataset']
 
 # %% ../../nbs/data/loaders.ipynb #a9769111
 import contextlib
@@ -257,11 +257,15 @@ class ResizedDataset(_View):
 def _mixed(fingerprint: str, more) -> str:
     return hashlib.sha256(f"{fingerprint} {more}".encode()).hexdigest()[:12]
 
-# %% ../../nbs/data/loaders.ipynb #47f0f75a
+# %% ../../nbs/data/loaders.ipynb #7e988e31
 _HEADER = 128  # bytes of the .npy header of a 1-D uint8 array
 
 
-def _in_threads(fn, n: int, threads: int):
+def in_threads(
+    fn,  # Called as `fn(i)`
+    n: int,
+    threads: int,
+):
     "`fn(0) … fn(n-1)` in order, computed a few ahead (OpenCV decodes outside Python's lock)"
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, n, 4 * threads):  # in blocks, so that a slow consumer does not fill the memory
@@ -331,7 +335,7 @@ def _read_journal(journal: Path, part: Path) -> tuple[list, int]:
             f.writelines(json.dumps([*p, p[0] + _HEADER + p[1] * p[2] * (4 if p[3] else 3)]) + "\n" for p in places)
     return places, end
 
-# %% ../../nbs/data/loaders.ipynb #8a526365
+# %% ../../nbs/data/loaders.ipynb #a9ace446
 class CachedDataset(_View):
     "Samples decoded once: in RAM, or in one memory-mapped file that is built once, resumably and atomically"
 
@@ -380,7 +384,7 @@ class CachedDataset(_View):
 
     def _decoded(self, start: int):
         "Samples from `start` on, decoded in threads"
-        samples = _in_threads(lambda k: self.dataset[start + k], len(self) - start, self._threads)
+        samples = in_threads(lambda k: self.dataset[start + k], len(self) - start, self._threads)
         if self._progress:
             from tqdm.auto import tqdm
             samples = tqdm(samples, total=len(self), initial=start, desc=f"decoding into {self.cache}", unit="img")

@@ -6,7 +6,7 @@
 __all__ = ['how_to_get', 'unzip', 'PrepareReport', 'draw_trainids', 'prepare_cityscapes', 'prepare_camvid', 'VerifyReport',
            'verify', 'DatasetStats', 'stats']
 
-# %% ../../nbs/data/prepare.ipynb #cf290201
+# %% ../../nbs/data/prepare.ipynb #0e147616
 import os
 import shutil
 import zipfile
@@ -20,7 +20,7 @@ import numpy as np
 from ..core import ConfigError, DataError, atomic_write, unknown
 from .datasets import SegmentationDataset, cityscapes_images, gt_path
 from .labels import LabelTable
-from .loaders import _in_threads
+from .loaders import in_threads
 from .polygons import rasterize, read_polygons
 
 # %% ../../nbs/data/prepare.ipynb #fd21025e
@@ -285,7 +285,7 @@ class VerifyReport:
         lines += [f"  labels that are void everywhere: {len(self.all_void)}, e.g. {self.all_void[0]}"] if self.all_void else []
         return "\n".join(lines + _problem_lines(self.problems))
 
-# %% ../../nbs/data/prepare.ipynb #11a9b260
+# %% ../../nbs/data/prepare.ipynb #e027c28a
 def verify(
     dataset: SegmentationDataset,
     threads: int = 4,  # Decoding threads
@@ -294,7 +294,7 @@ def verify(
     "Read everything once; broken files, wrong sizes and illegal values are collected, not raised"
     report = VerifyReport(repr(dataset), images=len(dataset))
     seen = np.zeros(256, bool)
-    for i, (size, counts, problem) in enumerate(_bar(_in_threads(lambda i: _look(dataset, i), len(dataset), threads), "reading", progress, len(dataset))):
+    for i, (size, counts, problem) in enumerate(_bar(in_threads(lambda i: _look(dataset, i), len(dataset), threads), "reading", progress, len(dataset))):
         if problem:
             report.problems.append(problem)
             continue
@@ -355,7 +355,7 @@ class DatasetStats:
         rows = zip(self.table.names, self.share, self.present, self.median_frequency, self.inverse_log, strict=True)
         return "\n".join(lines + [f"  {n:<{width}}  {s:>16.3%}  {p:>10}  {m:>12.3f}  {w:>11.2f}" for n, s, p, m, w in rows])
 
-# %% ../../nbs/data/prepare.ipynb #7912fbbc
+# %% ../../nbs/data/prepare.ipynb #dd7a15cb
 def stats(
     dataset,  # With labels
     threads: int = 4,
@@ -366,7 +366,7 @@ def stats(
         raise DataError(f"{dataset!r}: has images without label, so its classes cannot be counted; choose a split with labels")
     c = dataset.num_classes
     pixels, present, in_present, void = np.zeros(c, np.int64), np.zeros(c, np.int64), np.zeros(c, np.int64), 0
-    masks = _in_threads(lambda i: np.bincount(dataset.read_mask(i).ravel(), minlength=256), len(dataset), threads)
+    masks = in_threads(lambda i: np.bincount(dataset.read_mask(i).ravel(), minlength=256), len(dataset), threads)
     for counts in _bar(masks, "counting", progress, len(dataset)):
         own = counts[:c]
         pixels += own
