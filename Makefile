@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: help demo test lab docs readme export bench clean
 
 help:
-	@echo "make demo     draw MiniCity, train MLMSNet with three losses, write runs/demo/report.html   (about 5 minutes on 2 cores)"
+	@echo "make demo     draw MiniCity, train MLMSNet with three losses, write runs/demo/report.html   (some minutes on 2 cores)"
 	@echo "make lab      open the notebooks in JupyterLab"
 	@echo "make test     style, notebooks in step with the library, all notebooks, all tests"
 	@echo "make docs     build the docs site into _docs/"

@@ -62,7 +62,7 @@ class LossConfig:
     params: dict[str, Any] = field(default_factory=dict)  # its hyper-parameters, for example {gamma: 2}
     aux_weight: float = 0.0  # weight of the auxiliary head's loss; 0 builds no such head
 
-# %% ../../nbs/training/config.ipynb #e51a52c1
+# %% ../../nbs/training/config.ipynb #d9771693
 @dataclass(frozen=True)
 class TrainConfig:
     "How it is minimised"
@@ -83,7 +83,7 @@ class TrainConfig:
     amp: Literal["none", "bf16", "fp16"] = "none"  # autocast
     channels_last: bool = True  # memory layout
     compile: bool = False  # torch.compile
-    keep_memory: bool = False  # glibc keeps freed memory: faster on a CPU, about twice the peak memory
+    keep_memory: bool = False  # glibc keeps freed memory: faster on a CPU, at a higher peak memory
     val_every: int = 1  # epochs between validations
     val_batch: int = 1  # images per validation batch (all of one size if more than 1)
     save_steps: int = 0  # extra checkpoints inside an epoch, every so many steps; 0 is off

@@ -6,7 +6,7 @@
 __all__ = ['build_dataset', 'build_model', 'parameter_groups', 'build_optimizer', 'lr_factor', 'ModelEma', 'TrainingError',
            'Trainer', 'fit', 'load_weights', 'load_trained', 'build_skeleton']
 
-# %% ../../nbs/training/loop.ipynb #5e278fcb
+# %% ../../nbs/training/loop.ipynb #b9a31b68
 import contextlib
 import copy
 import math
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import (CheckpointError, ConfigError, DataError, MlmsError, get_device, keep_freed_memory, load_checkpoint,
+from ..core import (AMP_DTYPES, CheckpointError, ConfigError, DataError, MlmsError, get_device, keep_freed_memory, load_checkpoint,
                           save_checkpoint, seed_everything)
 from ..data.datasets import DATASETS, create_dataset
 from ..data.labels import get_table
@@ -126,7 +126,7 @@ class ModelEma:
             if not s.is_floating_point():
                 s.copy_(f)
 
-# %% ../../nbs/training/loop.ipynb #fa12995f
+# %% ../../nbs/training/loop.ipynb #bd1fa12b
 class TrainingError(MlmsError):
     "Training cannot go on"
 
@@ -174,7 +174,7 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
     def autocast(self):
-        kind = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.cfg.train.amp]
+        kind = AMP_DTYPES[self.cfg.train.amp]
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
     def _stop(self, what: str, indices):
