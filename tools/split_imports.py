@@ -15,7 +15,7 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 def mixed(source):
     """Does a cell that is not exported hold imports at its top level and other code too?"""
-    if source.lstrip().startswith(("#| export", "#|export", "%")):
+    if source.lstrip().startswith(("#| export", "#|export", "#| eval: false", "%")):
         return False
     try:
         body = ast.parse(source).body
