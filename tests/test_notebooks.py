@@ -38,7 +38,7 @@ def test_committed_outputs(path):
     assert "widgets" not in nb["metadata"], "saved widget state"
     outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
     assert not [o for o in outputs if o["output_type"] == "error"]
-    pictures = [len(o["data"]["image/png"]) * 3 // 4 for o in outputs if "image/png" in o.get("data", {})]
+    pictures = [len(o["data"][kind]) * 3 // 4 for o in outputs for kind in ("image/png", "image/jpeg") if kind in o.get("data", {})]
     assert all(size < 400_000 for size in pictures), f"a picture of {max(pictures) // 1000} kB"
     assert path.stat().st_size < 3_000_000, "a page above 3 MB"
     shows = any(word in "".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code" for word in ("plt.", "show_grid", "imshow"))
