@@ -130,7 +130,7 @@ def fixed(points) -> np.ndarray:
     "Points as OpenCV's fixed-point numbers"
     return np.rint(np.maximum(np.minimum(points, 8000), -8000) * (1 << _SHIFT)).astype(np.int32)
 
-
+# %% ../../nbs/data/brushes.ipynb #a8997152
 @dataclass
 class Canvas:
     "Image, depth and the polygons of all that was painted"

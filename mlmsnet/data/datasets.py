@@ -359,7 +359,7 @@ class Cityscapes(SegmentationDataset):
                 else "and neither is its polygon file: unzip gtFine_trainvaltest.zip here")
         raise DataError(f"{gone[0]}: label is missing ({len(gone)} of {len(images)} are); {mend}")
 
-
+# %% ../../nbs/data/datasets.ipynb #1b31d70a
 @DATASETS.register("minicity")
 class MiniCity(Cityscapes):
     "Drawn street scenes in the layout of Cityscapes"

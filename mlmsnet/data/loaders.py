@@ -135,7 +135,7 @@ class SegLoader:
     def __iter__(self):
         return _plain_errors(iter(self.loader))
 
-
+# %% ../../nbs/data/loaders.ipynb #e1e8bf33
 def _plain_errors(batches):
     "A user error from a worker arrives wrapped in the worker's traceback; give back its one line"
     try:
@@ -230,7 +230,7 @@ class SubsetDataset(_View):
     def fingerprint(self, times: bool = False) -> str:
         return _mixed(self.dataset.fingerprint(times), self.indices)
 
-
+# %% ../../nbs/data/loaders.ipynb #33f23582
 class ResizedDataset(_View):
     "Images and labels at a fixed size: area average (bilinear when enlarged) for images, nearest for labels"
 
@@ -315,7 +315,7 @@ def _build_file(
     os.replace(part, path)
     journal.unlink()
 
-
+# %% ../../nbs/data/loaders.ipynb #4d80ba98
 def _read_journal(journal: Path, part: Path) -> tuple[list, int]:
     "The samples that an earlier attempt wrote completely, and where they end"
     places, end = [], _HEADER

@@ -86,7 +86,7 @@ def draw_light(dice: random.Random, weather: str | None = None) -> Light:
 # %% ../../nbs/data/minicity.ipynb #afe3807f
 RARE = ("person", "rider", "truck", "bus", "train", "motorcycle", "bicycle", "pole", "sign", "light", "fence", "wall")
 
-
+# %% ../../nbs/data/minicity.ipynb #1e87b9ee
 class Plan:
     "What stands where in a scene"
 
@@ -151,7 +151,7 @@ def _houses(p: Plan, side: int, x: float, kind: str, gaps, other_height: float, 
                   shadow=p.cast(side * (x + back + deep / 2), (a + b) / 2, deep / 2, length / 2, height) if p.light.to_sun[0] * side > 0 else ())
         z += length + (0 if kind == "block" or d.random() < .4 else (1.5 if kind == "office" else 4) + 4 * d.random())
 
-
+# %% ../../nbs/data/minicity.ipynb #5e9c08e4
 def _barrier(p: Plan, side: int, x: float, what: str, gaps, z_end: float = 90, label: str | None = None):
     "A fence, wall, rail or hedge along the street, in pieces"
     d = p.dice
@@ -184,7 +184,7 @@ def _tree(p: Plan, x, z, height, kind, tint):
         shadow += p.cast(x, z, .12, .12, height * .5)
     p.add(z, lambda c, s: paint_tree(c, s, x, z, height, kind, tint), shadow=shadow)
 
-
+# %% ../../nbs/data/minicity.ipynb #1dc7b0d1
 def _trees(p: Plan, side: int, x: float, z0: float, z1: float, spacing: float, gaps=(), spread: float = .3, size=(5, 9)):
     d = p.dice
     kind, tint = d.choice(("round", "round", "oval", "column")), int(d.random() * 5.4)
@@ -228,7 +228,7 @@ def _frontage(p: Plan, side: int, x: float, kind: str, gaps, other: float, acros
         if d.random() < .5:
             _houses(p, side, x + 16, "office", gaps, 0, across)
 
-
+# %% ../../nbs/data/minicity.ipynb #1f74c586
 def _furniture(p: Plan, side: int, edge: float, walk: float, kind: str, gaps, crossing):
     "Lamps, signs, lights, bollards and bins along one pavement"
     d = p.dice
@@ -295,7 +295,7 @@ def _vehicles(p: Plan, lanes, gaps, busy: float):
                     _car(p, xx, z, heading + wobble, brake=d.random() < .3)
             z += 9 + 22 * d.random()
 
-
+# %% ../../nbs/data/minicity.ipynb #1b6b3ab6
 def _parked(p: Plan, side: int, x: float, gaps, full: float):
     d = p.dice
     z, heading = 7.5 + 7 * d.random(), 0 if side > 0 or d.random() < .3 else math.pi
@@ -335,7 +335,7 @@ def _people(p: Plan, side: int, x0: float, x1: float, crowd: float, crossing):
 # %% ../../nbs/data/minicity.ipynb #6e9b4eca
 LAYOUTS = {"canyon": .5, "boulevard": .14, "suburb": .14, "park": .13, "country": .09}
 
-
+# %% ../../nbs/data/minicity.ipynb #7cbd11e4
 def plan_street(seed: int, cfg: MiniCityConfig):
     "The plan of scene `seed`, and a function that paints its ground"
     p = Plan(seed, cfg)
@@ -431,7 +431,7 @@ def _ground(p: Plan, layout, kind, edge, walk, verge, parking, crossing, rails, 
 
     return paint
 
-
+# %% ../../nbs/data/minicity.ipynb #091707cc
 def _markings(canvas, p, edge, parking, bay, crossing, rails, lanes, middle, road, strips):
     white = (222, 222, 216)
     for s in (1, -1):
@@ -521,7 +521,7 @@ def _visible(objects: list, height: int, width: int):
     ids = np.array([0] + [find_label(o["label"])[0].id for o in objects], np.uint8)
     return [o for o, s in zip(objects, seen) if s], ids[owner]
 
-
+# %% ../../nbs/data/minicity.ipynb #845700f0
 @cache
 def _lens(height: int, width: int):
     "Vignette (float32, H x W x 3) and a tile of sensor noise (int16), a little larger than the image"
@@ -554,7 +554,7 @@ def _develop(canvas: Canvas, ids: np.ndarray, cfg: MiniCityConfig, dice: random.
     oy, ox = int(dice.random() * 32), int(dice.random() * 32)
     return cv2.add(image, noise[oy:oy + H, ox:ox + W], dtype=cv2.CV_8U)
 
-
+# %% ../../nbs/data/minicity.ipynb #becde3b5
 def draw_scene(
     seed: int,  # Which street
     cfg: MiniCityConfig = MiniCityConfig(),  # Size and knobs
@@ -609,7 +609,11 @@ def _careless(objects: list, seed: int, cfg: MiniCityConfig) -> list:
 
 # %% ../../nbs/data/minicity.ipynb #6970f253
 MINICITY_VERSION = 1  # Grows when the same seed would give another picture
+
+
 CITIES = {"train": ("lindhafen", "torbruck", "minstadt"), "val": ("westerau",), "test": ("kesselheim", "neufurt")}
+
+
 _SPLIT_SEED = {"train": 0, "val": 400_000_000, "test": 800_000_000}
 
 
@@ -643,7 +647,7 @@ def _put(path: Path, data: bytes):
 def _png(array: np.ndarray) -> bytes:
     return cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
-
+# %% ../../nbs/data/minicity.ipynb #4e1add4b
 def _write_scene(job):
     "Draw one scene and write its files; the image last, so that a scene with an image is complete"
     root, split, i, cfg, seed, instances = job
@@ -701,7 +705,7 @@ def write_minicity(
     bar.close()
     return root
 
-
+# %% ../../nbs/data/minicity.ipynb #90fe2626
 def _claim(root: Path, cfg: MiniCityConfig, seed: int):
     "Write the fingerprint of a new folder, or compare it with the one that is there"
     mine = {"minicity": MINICITY_VERSION, "seed": seed, **asdict(cfg)}

@@ -99,7 +99,7 @@ def finish_ground(canvas: Canvas, shadows: list, dice: random.Random, rough: flo
     canvas.image[top:] = cv2.multiply(canvas.image[top:], cv2.merge([gain, gain, gain]), dtype=cv2.CV_8U)
     canvas.depth[top:] = np.minimum(depth, 400)
 
-
+# %% ../../nbs/data/scenery.ipynb #bf27937c
 def _shadow_map(canvas: Canvas, shadows: list, top: int) -> np.ndarray:
     cam = canvas.cam
     H, W = canvas.depth.shape
@@ -123,7 +123,7 @@ def _shadow_map(canvas: Canvas, shadows: list, top: int) -> np.ndarray:
 # %% ../../nbs/data/scenery.ipynb #b7addec2
 _CELL = 64
 
-
+# %% ../../nbs/data/scenery.ipynb #ec7808ae
 @cache
 def window_cell(style: int) -> np.ndarray:
     "64 x 64 x 3 float32: how much of a pixel is glass, is frame, lies in shade"
@@ -268,7 +268,7 @@ def wall_quad(cam: Camera, p0, p1, a: float, b: float, y0: float, y1: float):
     turned = cam.turn([[xa, y1, za], [xb, y1, zb], [xb, y0, zb], [xa, y0, za]])
     return cam.flatten(turned), turned[0, 2], turned[1, 2]
 
-
+# %% ../../nbs/data/scenery.ipynb #044bd44f
 def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndarray, za: float, zb: float):
     "Warp the part `source` (4 x 2 texture pixels) of a texture onto `quad` (4 x 2 image pixels); depth goes from za to zb"
     box = canvas.box([quad])
@@ -289,9 +289,11 @@ def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndar
 # %% ../../nbs/data/scenery.ipynb #fc35f91d
 WALLS = ((206, 186, 150), (190, 160, 128), (216, 208, 192), (168, 120, 96), (150, 92, 74), (196, 190, 180), (176, 168, 150), (222, 202, 166),
          (140, 136, 132), (186, 140, 110), (204, 180, 172), (160, 164, 168), (228, 220, 206), (178, 150, 120), (120, 104, 94), (198, 198, 202))
+
+
 ROOFS = ((120, 70, 56), (96, 60, 52), (84, 84, 90), (70, 72, 78), (134, 88, 66), (104, 96, 92))
 
-
+# %% ../../nbs/data/scenery.ipynb #c37ffeeb
 def paint_house(
     canvas: Canvas,
     seed: int,
@@ -369,7 +371,7 @@ def paint_house(
         near = before < 1900                                              # the walls have their exact depth already
         canvas.depth[y0:y1, x0:x1][near] = before[near]
 
-
+# %% ../../nbs/data/scenery.ipynb #5d536e80
 def _roof(canvas, p0, p1, a, b, height, pitch, ridge, color, trim):
     cam, side, over = canvas.cam, math.copysign(1, ridge), []
     if pitch:
@@ -419,7 +421,7 @@ def paint_tree(canvas: Canvas, seed: int, x: float, z: float, height: float, kin
     h = (1 - bottom) * height * k * 1.06
     paint_crown(canvas, kind, int(dice.random() * 5), u + lean - w / 2, v - height * k * 1.03, w, h, tint, depth)
 
-
+# %% ../../nbs/data/scenery.ipynb #38291cec
 def paint_hedge(canvas: Canvas, seed: int, x: float, z0: float, z1: float, height: float, tint: int = 1):
     "A row of bushes along the street, far ones first"
     dice = random.Random(seed)
@@ -454,7 +456,7 @@ def paint_wall(canvas: Canvas, seed: int, x: float, z0: float, z1: float, height
     canvas.fill(cap, canvas.light.lit([min(255, c * 1.15) for c in color], (0, 1, 0)))
     canvas.stamp(label, [quad, cap], min(za, zb) * .5 + max(za, zb) * .5)
 
-
+# %% ../../nbs/data/scenery.ipynb #e6094af7
 def paint_fence(canvas: Canvas, seed: int, x: float, z0: float, z1: float, height: float, kind: str = "iron", label: str = "fence"):
     "A piece of fence along the street: iron bars, wooden boards, or a guard rail"
     cam = canvas.cam
@@ -536,7 +538,7 @@ def paint_pole(canvas: Canvas, x: float, z: float, height: float, wide: float = 
 
 SIGNS = ("limit", "warning", "priority", "stop", "parking", "direction", "blue", "no entry", "yield")
 
-
+# %% ../../nbs/data/scenery.ipynb #a4425d0f
 def paint_sign(canvas: Canvas, seed: int, x: float, z: float, height: float = 2.4, kind: str | None = None, pole: bool = True):
     "A traffic sign on its pole, `height` metres to its middle"
     dice = random.Random(seed)
@@ -587,7 +589,7 @@ def paint_sign(canvas: Canvas, seed: int, x: float, z: float, height: float = 2.
             canvas.fill(_disc(u + .1 * w, v - .22 * r, .32 * w, .3 * r), ink)
     canvas.stamp("traffic sign", [face], depth)
 
-
+# %% ../../nbs/data/scenery.ipynb #c96697c7
 def paint_signal(canvas: Canvas, seed: int, x: float, z: float, height: float = 3.0, arm: float = 0.0):
     "A traffic light on its pole; with an `arm` a second one hangs over the road"
     dice = random.Random(seed)

@@ -51,7 +51,7 @@ def _seen(p: np.ndarray) -> bool:
         a, b = x, y
     return area > 0.6
 
-
+# %% ../../nbs/data/traffic.ipynb #00670a44
 def extrude(frame: Frame, lower: list, half: float, upper_half: float | None = None):
     "Faces of a profile (e, y points, from rear bottom over the top to front bottom) pulled to both sides: yields (pixels, normal, which)"
     upper_half = half if upper_half is None else upper_half
@@ -78,6 +78,8 @@ CARS = {  # length, width, height; body; glass house; from rear (e=-.5) to front
     "suv": ((4.5, 1.88, 1.75), [(-.5, .2), (-.5, .5), (-.485, .64), (.2, .65), (.44, .57), (.5, .45), (.5, .2)], [(-.485, .64), (-.44, .97), (-.4, 1), (.02, 1), (.2, .64)]),
     "van": ((5.0, 1.95, 2.0), [(-.5, .14), (-.5, .4), (-.495, .58), (.3, .58), (.45, .46), (.5, .36), (.5, .14)], [(-.495, .58), (-.48, .96), (-.46, 1), (.2, 1), (.35, .56)]),
 }
+
+
 PAINTS = ((34, 36, 40), (34, 36, 40), (186, 188, 192), (186, 188, 192), (224, 226, 228), (224, 226, 228), (92, 96, 102), (58, 62, 70), (28, 44, 84), (120, 24, 28), (150, 34, 32),
           (60, 80, 110), (104, 92, 78), (52, 74, 60), (196, 170, 60), (136, 150, 160))
 
@@ -105,7 +107,7 @@ def _wheels(frame: Frame, canvas: Canvas, places, radius: float, half: float, si
             canvas.fill(ring, color)
     return list(pixels[:, 0 if small else 1])
 
-
+# %% ../../nbs/data/traffic.ipynb #129659e5
 def _underside(frame: Frame, canvas: Canvas, axles, top: float, half: float):
     "The dark under a vehicle: a floor above the ground, and the tyres of both axles as seen from ahead or behind"
     a, b = min(axles) * 1.35, max(axles) * 1.35
@@ -118,7 +120,7 @@ def _underside(frame: Frame, canvas: Canvas, axles, top: float, half: float):
         canvas.fill(p, (15, 15, 17))
     return list(dark)
 
-
+# %% ../../nbs/data/traffic.ipynb #02e45111
 def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, kind: str | None = None, label: str = "car", brake: bool = False):
     "A car whose middle stands at (x, z); heading 0 drives away from us, pi comes towards us"
     dice, light = random.Random(seed), canvas.light
@@ -170,7 +172,7 @@ def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
         _lights(frame, canvas, length, height, half, brake)
     canvas.stamp(label, outline, depth)
 
-
+# %% ../../nbs/data/traffic.ipynb #3b982dc4
 def _far_car(canvas, x, z, k, depth, heading, size, paint, label):
     "A car of a few pixels: body, glass, and the dark below"
     u, v, _, _ = canvas.cam.point(x, 0, z)
@@ -208,7 +210,7 @@ def _side_windows(frame, canvas, house, w_low, w_high, glass, small):
             a, b = p[0] + (p[3] - p[0]) * f, p[1] + (p[2] - p[1]) * f
             canvas.fill(_bar(*a, *b, max(.35, .012 * abs(p[3, 0] - p[0, 0]))), canvas.light.lit((24, 24, 26)))
 
-
+# %% ../../nbs/data/traffic.ipynb #832c6f6b
 def _lights(frame, canvas, length, height, half, brake):
     light = canvas.light
     rear, front = -.502 * length, .502 * length
@@ -259,7 +261,7 @@ def _panel(frame, e, y0, y1, w0, w1):
     "A rectangle on the front or rear"
     return frame.pixels([(e, y0, w0), (e, y1, w0), (e, y1, w1), (e, y0, w1)])
 
-
+# %% ../../nbs/data/traffic.ipynb #7fd98da8
 def paint_bus(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, train: bool = False):
     "A city bus, or a tram"
     dice, light = random.Random(seed), canvas.light
@@ -295,7 +297,7 @@ def paint_bus(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.
         outline += _wheels(frame, canvas, (-.3 * length, .28 * length), .48, half, sides)
     canvas.stamp("train" if train else "bus", outline, depth)
 
-
+# %% ../../nbs/data/traffic.ipynb #958b7200
 def paint_truck(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0):
     "A truck: a cab and a box"
     dice, light = random.Random(seed), canvas.light
@@ -339,10 +341,14 @@ def paint_truck(canvas: Canvas, seed: int, x: float, z: float, heading: float = 
 
 # %% ../../nbs/data/traffic.ipynb #a7591c6a
 CLOTHES = ((40, 44, 58), (70, 74, 80), (120, 40, 44), (44, 70, 104), (150, 138, 116), (60, 84, 66), (196, 188, 176), (34, 34, 36), (176, 120, 56), (104, 72, 110), (190, 60, 60))
+
+
 SKIN = ((226, 184, 158), (198, 150, 120), (150, 104, 78), (104, 70, 54))
+
+
 HAIR = ((50, 38, 30), (90, 66, 42), (168, 136, 84), (30, 28, 28), (150, 146, 142))
 
-
+# %% ../../nbs/data/traffic.ipynb #ab3bb599
 def paint_person(canvas: Canvas, seed: int, x: float, z: float, height: float = 1.72, label: str = "person"):
     "Somebody who walks or stands"
     dice, light = random.Random(seed), canvas.light
@@ -452,7 +458,7 @@ def paint_cyclist(canvas: Canvas, seed: int, x: float, z: float, heading: float 
     if rider:
         _paint_rider(canvas, dice, at, k, motor, depth, math.cos(heading) > 0)
 
-
+# %% ../../nbs/data/traffic.ipynb #408e7d9f
 def _paint_rider(canvas, dice, at, k, motor, depth, from_behind):
     light = canvas.light
     top, legs, skin = dice.choice(CLOTHES), dice.choice(CLOTHES[:4]), dice.choice(SKIN)

@@ -176,7 +176,7 @@ def load_run(
         raise DataError(f"{path / 'metrics.jsonl'}: a line is not valid JSON; run `mlmsnet train` with the same --run to write it again") from None
     return RunRecord(path, parse_config(path / "config.yaml"), summary, history)
 
-
+# %% ../../nbs/training/records.ipynb #3520facc
 def find_runs(
     root,  # Any folder
 ) -> list[Path]:
