@@ -28,6 +28,9 @@ from mlmsnet.losses.pixel import CrossEntropy, Focal, OhemCrossEntropy, strips
 from mlmsnet.losses.region import Dice, region_sums
 
 NAMES = available_losses()
+# What a loss is by its definition not asked for: (test, loss) -> why. Everything else holds for every loss.
+EXEMPT = {
+}
 PIXEL = available_losses("pixel")
 REGION = available_losses("region")
 VOID = 255
@@ -85,6 +88,9 @@ def value_and_grad(loss, z, y):
 
 @pytest.fixture(params=NAMES)
 def name(request):
+    why = EXEMPT.get((request.node.originalname, request.param))
+    if why:
+        pytest.skip(f"{request.param}: {why}")
     return request.param
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'CLASS_WEIGHT', 'CLASSES', 'PER_IMAGE', 'CHECK', 'LOSSES', 'Param', 'check_inputs', 'full_precision',
-           'hide_void', 'safe_pow', 'SegLoss', 'gradient_map', 'LossInfo', 'register_loss', 'available_losses',
-           'loss_info', 'create_loss']
+           'hide_void', 'safe_pow', 'share_statistics', 'SegLoss', 'gradient_map', 'LossInfo', 'register_loss',
+           'available_losses', 'loss_info', 'create_loss']
 
-# %% ../../nbs/losses/contract.ipynb #93c71afc
+# %% ../../nbs/losses/contract.ipynb #fd759643
 import contextlib
 import importlib
 import inspect
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..core import ConfigError, DataError, Registry, unknown
@@ -166,7 +167,30 @@ def safe_pow(
     "`x ** exponent` whose gradient stays finite at 0, where that of a true power below 1 does not"
     return x.clamp_min(tiny).pow(exponent) if exponent != 1 else x
 
-# %% ../../nbs/losses/contract.ipynb #3dcd81dd
+# %% ../../nbs/losses/contract.ipynb #50acd436
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * dist.get_world_size()
+
+
+def share_statistics(
+    loss: nn.Module,  # A SegLoss, or a module that holds some
+    shared: bool = True,  # False: back to one loss per process
+):
+    "Let sums and counts run over all processes of torch.distributed, so that shards give the loss of the whole batch; returns `loss`"
+    for part in loss.modules():
+        if isinstance(part, SegLoss):
+            part.shared = shared
+    return loss
+
+# %% ../../nbs/losses/contract.ipynb #b553692c
 class SegLoss(nn.Module):
     """A segmentation loss: `loss(logits N C H W, target N H W) -> scalar`, float32 (float64 for float64 logits).
 
@@ -174,6 +198,7 @@ class SegLoss(nn.Module):
     Void pixels (`ignore_index`) change neither value nor gradient, whatever their logits are, NaN included. If all is void: 0, gradient 0.
     """
     params: tuple[Param, ...] = (IGNORE, CHECK)
+    shared = False  # see share_statistics
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
@@ -212,6 +237,10 @@ class SegLoss(nn.Module):
         y = target.long().masked_fill(~valid, 0)
         return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), y, valid
 
+    def everywhere(self, sums):
+        "A tensor of sums, added up over all processes if `share_statistics(loss)` asked for it; else as it is"
+        return _SumOverProcesses.apply(sums) if self.shared and dist.is_available() and dist.is_initialized() else sums
+
     def weight_of(self, logits):
         "The class weights as a tensor beside `logits`, or None"
         weight = getattr(self, "class_weight", None)
@@ -245,7 +274,7 @@ def gradient_map(
         (grad,) = torch.autograd.grad(value, z, allow_unused=True)
     return torch.zeros_like(z[:, 0]).detach() if grad is None else grad.norm(dim=1)
 
-# %% ../../nbs/losses/contract.ipynb #399475bd
+# %% ../../nbs/losses/contract.ipynb #8559c16a
 @dataclass(frozen=True)
 class LossInfo:
     "What a registered loss is; notebooks, widgets, the command line and the docs read it"
@@ -270,7 +299,7 @@ class LossInfo:
 
 
 LOSSES = Registry("loss")
-_FAMILIES = ("pixel", "region", "compound")
+_FAMILIES = ("pixel", "region", "lovasz", "boundary", "structure", "compound")
 
 # %% ../../nbs/losses/contract.ipynb #ac2e5cb2
 class _FunctionLoss(SegLoss):

@@ -80,7 +80,7 @@ def target_log_prob(
     "ln p_y of the true class at each pixel, N H W; 0 at void, where neither value nor gradient can leak"
     return _TargetLogProb.apply(logits, y, valid, None)[0]
 
-# %% ../../nbs/losses/pixel.ipynb #9e6d7109
+# %% ../../nbs/losses/pixel.ipynb #abfcc72e
 class PixelLoss(SegLoss):
     """A (weighted) mean over valid pixels. A subclass writes `pixel_loss(log_py)`; if it selects, `select(pixel_loss, valid)`.
 
@@ -107,7 +107,8 @@ class PixelLoss(SegLoss):
         keep = self.select(pixels.detach(), valid).to(pixels.dtype)
         weight = self.weight_of(logits)
         total = (keep if weight is None else keep * weight[y]).sum()
-        return (weighted * keep).sum() / torch.where(total > 0, total, 1)
+        value, total = self.everywhere((weighted * keep).sum()), self.everywhere(total)
+        return value / torch.where(total > 0, total, 1)
 
     def pixel_map(self, logits, target):
         "Loss of each pixel, weights included, N H W, 0 at void"

@@ -106,7 +106,7 @@ def overlap_ratio(num: torch.Tensor, den: torch.Tensor) -> torch.Tensor:
     empty = den <= 0
     return torch.where(empty, 1, num / torch.where(empty, 1, den))
 
-# %% ../../nbs/losses/region.ipynb #21765848
+# %% ../../nbs/losses/region.ipynb #ba2e9173
 class RegionLoss(SegLoss):
     """A mean over classes of a function of their sums. A subclass writes `class_loss(sums) -> (rows, C)`.
 
@@ -121,8 +121,12 @@ class RegionLoss(SegLoss):
         raise NotImplementedError
 
     def compute(self, logits, y, valid):
-        sums = region_sums(logits, y, valid, self.squares)
-        sums = sums if self.per_image else sums.total()
+        return self.from_sums(region_sums(logits, y, valid, self.squares))
+
+    def from_sums(self, sums: RegionSums):
+        "The loss from sums that were gathered elsewhere: of tiles that are never in memory together, say"
+        if not self.per_image:
+            sums = RegionSums(*(None if s is None else self.everywhere(s) for s in sums.total()))
         return self.reduce(self.class_loss(sums), sums.n)
 
     def reduce(self, loss, n):
@@ -131,7 +135,10 @@ class RegionLoss(SegLoss):
         total = weight.sum(1)
         rows = (loss * weight).sum(1) / torch.where(total > 0, total, 1)
         has = (n.sum(1) > 0).to(loss.dtype)
-        return (rows * has).sum() / has.sum().clamp(min=1)
+        value, count = (rows * has).sum(), has.sum()
+        if self.per_image:
+            value, count = self.everywhere(value), self.everywhere(count)
+        return value / count.clamp(min=1)
 
     def counted(self, n):
         "The weight of each class in the mean, rows × C; 0 for those that do not count"
