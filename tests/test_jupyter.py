@@ -1,0 +1,107 @@
+"""The labs in JupyterLab, driven in a real browser: sliders redraw, the race draws while it trains and stops when told to."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from _browser import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+SLIDERS = ["labs/explorer.ipynb"]
+SHOTS = os.environ.get("SHOTS")  # a folder for screenshots, if one wants to look
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def page():
+    with launch() as browser:
+        yield browser.new_page(viewport={"width": 1400, "height": 1100})
+
+
+@pytest.fixture(scope="module")
+def lab(page, tmp_path_factory):
+    """The address of a JupyterLab with its own settings on a copy of the notebooks (autosave must not touch the originals)"""
+    pytest.importorskip("jupyterlab")
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "nbs", folder / "work/nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("results", "settings.ini"):
+        (folder / "work" / name).symlink_to(ROOT / name)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    own = {key: str(folder / key.lower()) for key in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR",
+                                                      "JUPYTERLAB_WORKSPACES_DIR")}
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | own | {"MLMSNET_SCALE": "smoke"}
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--allow-root",
+             "--IdentityProvider.token=t0ken", f"--ServerApp.root_dir={folder / 'work/nbs'}", "--LabApp.expose_app_in_browser=True",
+             "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"], env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "lab.log").read_text()[-2000:]
+                time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def run_notebook(page, lab, name):
+    """Open a notebook and run all its cells; returns when the kernel is idle again"""
+    page.goto(f"{lab}/lab/tree/{name}?token=t0ken&reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    kernel = "window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel"
+    page.wait_for_function(f"() => {kernel}?.connectionStatus === 'connected'", timeout=60_000)
+    page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    page.wait_for_function(f"() => {kernel}?.status === 'idle'", timeout=300_000)
+    errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg")
+    assert not errors.count(), errors.first.inner_text()
+
+
+def shot(page, name):
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name.replace('/', '_').replace('.ipynb', '')}.png")
+
+
+def live_box(page):
+    """The innermost box that holds both a picture and controls"""
+    box = page.locator(".jp-OutputArea-output .widget-vbox").filter(has=page.locator("img")).last
+    box.wait_for(timeout=60_000)
+    box.scroll_into_view_if_needed()
+    return box
+
+
+NEW_PICTURE = "([box, old]) => { const i = box.querySelector('img'); return i && i.src !== old && i.complete }"
+
+
+@pytest.mark.parametrize("name", SLIDERS)
+def test_slider_gives_a_new_picture(lab, page, name):
+    run_notebook(page, lab, name)
+    box = live_box(page)
+    handle, element = box.locator(".noUi-handle").first, box.element_handle()
+    seconds = []
+    at_end = float(handle.get_attribute("aria-valuenow")) >= float(handle.get_attribute("aria-valuemax"))
+    there, back = ("ArrowLeft", "ArrowRight") if at_end else ("ArrowRight", "ArrowLeft")
+    for key in (there, back, there):
+        old = box.locator("img").first.get_attribute("src")
+        start = time.perf_counter()
+        handle.focus()
+        handle.press(key)
+        page.wait_for_function(NEW_PICTURE, arg=[element, old], timeout=20_000)
+        seconds.append(time.perf_counter() - start)
+    shot(page, name)
+    print(f"{name}: new picture after {min(seconds):.2f} to {max(seconds):.2f} s")
