@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Control', 'slider', 'choice', 'picture', 'page_html', 'Explorer', 'drop_live_view']
 
-# %% ../../nbs/labs/explorer.ipynb #76facbb9
+# %% ../../nbs/labs/explorer.ipynb #34c07c0b
 import asyncio
 import base64
 import html
@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ipywidgets as W
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..core import ConfigError, unknown
+from ..viz import STYLE
 
 # %% ../../nbs/labs/explorer.ipynb #273bbe2e
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def page_html(title: str, controls: str, body: str, data: dict, script: str, not
     return (f'<div class="mlms-explorer"><style>{_CSS}</style>{head}<div class="mlms-controls">{controls}</div>{body}{foot}'
             f'<script type="application/json">{text}</script><script>{script}</script></div>')
 
-# %% ../../nbs/labs/explorer.ipynb #effa4c6d
+# %% ../../nbs/labs/explorer.ipynb #edf9ad1d
 class Explorer(W.VBox):
     "Controls above a figure: kernel-backed in Jupyter, frames drawn beforehand where there is no kernel"
     max_frames = 30
@@ -156,7 +158,7 @@ class Explorer(W.VBox):
         if frames > self.max_frames:
             raise ConfigError(f"{frames} frames are too many for a page (at most {self.max_frames}); give fewer values in `frames`")
         self.widgets = {c.name: c.widget() for c in controls}
-        self.image, self.message, self._waiting = W.Image(format="png", layout=W.Layout(max_width="100%")), W.HTML(), None
+        self.image, self.message, self._waiting = W.Image(format="png", layout=W.Layout(max_width="100%", align_self="flex-start")), W.HTML(), None
         for w in self.widgets.values():
             w.observe(self._changed, "value")
         head = [W.HTML(f"<b>{html.escape(title)}</b>")] if title else []
@@ -198,13 +200,18 @@ class Explorer(W.VBox):
         "Draw for the present values; what goes wrong is said below the picture, and the old picture stays"
         self._waiting = None
         try:
-            self.image.value = picture(self.draw(**self.params), dpi=self.dpi)
+            self.image.value = self.render(self.params, dpi=self.dpi)
             self.image.alt = self.alt_text(self.params)
             self.message.value = ""
         except Exception as e:
             if not self.image.value:
                 raise
             self.message.value = f"<span style='color:#b00020'>{html.escape(f'{type(e).__name__}: {e}')}</span>"
+
+    def render(self, params: dict, *how, **kw) -> bytes:
+        "The picture for some values, in our style; `how` as in `picture`"
+        with rc_context(STYLE):
+            return picture(self.draw(**params), *how, **kw)
 
     def alt_text(self, params: dict) -> str:
         "What a screen reader says of the figure"
@@ -217,7 +224,7 @@ class Explorer(W.VBox):
         moving = [c for c in self.controls if c.frames]
         fixed = {c.name: c.value for c in self.controls if not c.frames}
         grid = [{**fixed, **dict(zip([c.name for c in moving], values))} for values in itertools.product(*(c.frames for c in moving))]
-        frames = ["data:image/webp;base64," + base64.b64encode(picture(self.draw(**p), "webp", self.page_dpi, self.photo)).decode() for p in grid]
+        frames = ["data:image/webp;base64," + base64.b64encode(self.render(p, "webp", self.page_dpi, self.photo)).decode() for p in grid]
         alts = [self.alt_text(p) for p in grid]
         first = grid.index({c.name: c.value for c in self.controls})
         data = {"texts": [[c.text(v) for v in c.frames] for c in moving], "frames": frames, "alts": alts}
