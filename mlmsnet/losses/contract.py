@@ -21,12 +21,12 @@ from torch import nn
 
 from ..core import ConfigError, DataError, Registry, unknown
 
-# %% ../../nbs/losses/contract.ipynb #d4452a8b
+# %% ../../nbs/losses/contract.ipynb #5d53ec05
 @dataclass(frozen=True)
 class Param:
     "One hyper-parameter of a loss: what it is called, what it may be, what it does"
     name: str  # As in `create_loss(name, param=...)`
-    type: str  # `float`, `int`, `bool`, `str`, `weights` (one number per class) or `classes`
+    type: str  # `float`, `int`, `bool`, `str`, `weights` (one number per class), `matrix` (distances between classes) or `classes`
     default: object = None  # A default of None means that None is allowed
     low: float | None = None  # Smallest value allowed
     high: float | None = None  # Largest value allowed
@@ -45,7 +45,8 @@ class Param:
             raise ConfigError(f"{self.name} is {value!r}; it must be true or false")
         if self.type == "str" and value not in self.choices:
             raise ConfigError(unknown(self.name, value, self.choices))
-        return _weights(self.name, value) if self.type == "weights" else _classes(value) if self.type == "classes" else value
+        convert = {"weights": _weights, "matrix": _matrix, "classes": _classes}.get(self.type)
+        return value if convert is None else convert(self.name, value)
 
     def _number(self, value):
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and (self.type == "float" or value == int(value))
@@ -57,7 +58,7 @@ class Param:
             raise ConfigError(f"{self.name} is {value:g}; it must lie between {low} and {high}")
         return float(value) if self.type == "float" else int(value)
 
-# %% ../../nbs/losses/contract.ipynb #ce25d85a
+# %% ../../nbs/losses/contract.ipynb #74ea670a
 def _weights(name, value):
     if isinstance(value, str):
         raise ConfigError(f"{name} is {value!r}; it must be a list with one number per class")
@@ -70,12 +71,24 @@ def _weights(name, value):
     return weight
 
 
-def _classes(value):
+def _matrix(name, value):
+    try:
+        matrix = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        matrix = torch.empty(0)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
+        raise ConfigError(f"{name} must be a square table of numbers, one row per true class and one column per predicted class")
+    if not ((matrix >= 0) & (matrix <= 1)).all() or matrix.diagonal().any():  # a NaN is neither
+        raise ConfigError(f"{name} must lie in 0..1, with zeros on its diagonal; divide it by its largest number")
+    return matrix
+
+
+def _classes(name, value):
     if value in ("present", "all"):
         return value
     if isinstance(value, (list, tuple, range)) and len(value) and all(isinstance(c, int) and c >= 0 for c in value):
         return tuple(sorted(set(value)))
-    raise ConfigError(f"classes is {value!r}; it must be 'present', 'all' or a list of class numbers")
+    raise ConfigError(f"{name} is {value!r}; it must be 'present', 'all' or a list of class numbers")
 
 
 IGNORE = Param("ignore_index", "int", 255, doc="label of void pixels: they count nowhere")
@@ -190,7 +203,7 @@ def share_statistics(
             part.shared = shared
     return loss
 
-# %% ../../nbs/losses/contract.ipynb #b553692c
+# %% ../../nbs/losses/contract.ipynb #c86e5412
 class SegLoss(nn.Module):
     """A segmentation loss: `loss(logits N C H W, target N H W) -> scalar`, float32 (float64 for float64 logits).
 
@@ -214,7 +227,7 @@ class SegLoss(nn.Module):
                 raise ConfigError(unknown(f"parameter of {type(self).__name__}", name, known))
         for name, p in known.items():
             value = p.check(values.get(name, p.default))
-            if p.type == "weights":
+            if p.type in ("weights", "matrix"):
                 self.register_buffer(name, value, persistent=False)  # moves with .to(device), is no part of a checkpoint
             else:
                 setattr(self, name, value)
@@ -255,7 +268,7 @@ class SegLoss(nn.Module):
         raise ConfigError(f"{type(self).__name__} does not select pixels, so it has no kept mask; gradient_map works for every loss")
 
     def extra_repr(self):
-        def show(v): return [round(x, 6) for x in v.tolist()] if isinstance(v, torch.Tensor) else v
+        def show(v): return v.round(decimals=6).tolist() if isinstance(v, torch.Tensor) else v
         return ", ".join(f"{p.name}={show(getattr(self, p.name))!r}" for p in self.params if p not in (IGNORE, CHECK))
 
 # %% ../../nbs/losses/contract.ipynb #117c0f40
