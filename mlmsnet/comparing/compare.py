@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RARE_SHARE', 'SCORES', 'LossSpec', 'parse_losses', 'load_plugin', 'PlannedRun', 'plan_runs', 'check_folder',
-           'check_losses', 'draw_minicity', 'train_and_score', 'claim', 'record_failure', 'compare_losses',
+           'check_losses', 'draw_minicity', 'train_and_score', 'claim', 'record_failure', 'compare_losses', 'rare_iou',
            'run_result', 'mean_sd', 'loss_table', 'read_comparison', 'pm', 'markdown_table', 'write_comparison']
 
 # %% ../../nbs/comparing/compare.ipynb #81321968
@@ -357,13 +357,20 @@ def _with_data(cfg, config, settings, out, images, rarity, progress, say):
     draw_minicity(root, cfg, *images, rarity=rarity, progress=progress)
     return replace(cfg, data=replace(cfg.data, root=str(root)))
 
-# %% ../../nbs/comparing/compare.ipynb #b67dc72a
+# %% ../../nbs/comparing/compare.ipynb #0c8ec057
 RARE_SHARE = 0.01  # of the labelled pixels; classes below it are called rare
 
 
 def _mean(values):
     there = [v for v in values if v is not None]
     return math.fsum(there) / len(there) if there else None
+
+
+def rare_iou(
+    metrics: dict,  # Of an evaluation
+) -> float | None:
+    "Mean IoU of the rare classes; None if there are none"
+    return _mean([v for v, share in zip(metrics["iou"], metrics.get("share") or ()) if share < RARE_SHARE])
 
 
 def run_result(
@@ -380,8 +387,7 @@ def run_result(
         return row
     e = load_json(files[0])
     m, edge = e["metrics"], e.get("boundary") or {}
-    rare = [v for v, share in zip(m["iou"], m["share"]) if share < RARE_SHARE]
-    return {**row, "split": e["split"], "images": e["images"], "miou": m["miou"], "macc": m["macc"], "allacc": m["allacc"], "rare_iou": _mean(rare),
+    return {**row, "split": e["split"], "images": e["images"], "miou": m["miou"], "macc": m["macc"], "allacc": m["allacc"], "rare_iou": rare_iou(m),
             "boundary_iou": edge.get("miou"), "iou": dict(zip(m["names"], m["iou"])), "share": dict(zip(m["names"], m["share"])),
             "class_boundary_iou": edge.get("iou"), "train_cpu_seconds": (s.get("cost") or {}).get("train_cpu_seconds")}
 
