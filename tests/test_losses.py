@@ -30,6 +30,8 @@ from mlmsnet.losses.region import Dice, region_sums
 NAMES = available_losses()
 # What a loss is by its definition not asked for: (test, loss) -> why. Everything else holds for every loss.
 EXEMPT = {
+    ("test_perfect_beats_wrong", "exp_log"): "its power 0.3 makes 0.002 of the 1e-8 that a lead of 20 leaves open",
+    ("test_classes", "rmi"): "6 x 9 pixels have no room for its patches; see test_losses_structure",
     ("test_perfect_beats_wrong", "log_cosh_dice"): "ln cosh 1 = 0.43 is its largest value",
     ("test_perfect_beats_wrong", "sensitivity_specificity"): "false alarms are divided by all pixels outside the class: all wrong is 0.3",
     ("test_perfect_beats_wrong", "semimetric_dice"): "its labels are soft, so that a hard answer is not the best one",
