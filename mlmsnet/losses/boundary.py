@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MapLoss', 'Boundary', 'BoundaryDice', 'HausdorffDT', 'DistancePenalizedCE', 'BoundaryDoU', 'EdgeBCE']
 
-# %% ../../nbs/losses/boundary.ipynb #833932ad
+# %% ../../nbs/losses/boundary.ipynb #8fb88c7c
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .contract import Param, SegLoss, full_precision, register_loss
 from .distance import TargetMaps, _nearness, _unsigned, signed_distance
 from .pixel import PixelLoss, strips, target_log_prob
-from .region import Dice, RegionLoss, RegionSums, overlap_ratio
+from .region import Dice, RegionLoss, RegionSums
 
 # %% ../../nbs/losses/boundary.ipynb #15aaa901
 class _ClassSums(torch.autograd.Function):
@@ -111,9 +111,9 @@ class Boundary(MapLoss):
             phi = phi.clamp(-self.reach, self.reach)
         return phi * (p - own.to(p.dtype) if self.centered else p), phi
 
-# %% ../../nbs/losses/boundary.ipynb #58028f63
+# %% ../../nbs/losses/boundary.ipynb #4f44d67b
 @register_loss("boundary_dice", family="boundary", formula=r"(1-\alpha)\,L_{Dice}+\alpha\,L_{boundary}",
-               paper="Kervadec et al., Boundary loss for highly unbalanced segmentation, MIDL 2019, eq. 6 and sec. 3", absent="as in its parts")
+               paper="Kervadec et al., Boundary loss for highly unbalanced segmentation, MIDL 2019, sec. 2 and 3", absent="as in its parts")
 class BoundaryDice(SegLoss):
     "(1 - alpha) · Dice + alpha · boundary; `set_epoch(epoch)` moves alpha from its start by alpha_step per epoch, up to alpha_max"
     params = (Param("alpha", "float", 0.01, 0, 1, slider=(0, 1), zero="Dice alone", doc="weight of the boundary part; the start of the schedule"),
@@ -134,9 +134,9 @@ class BoundaryDice(SegLoss):
         parts = [(1 - self.alpha, lambda: self.dice(logits, target)), (self.alpha, lambda: self.boundary(logits, target, maps))]
         return torch.stack([weight * part() for weight, part in parts if weight > 0]).sum()
 
-# %% ../../nbs/losses/boundary.ipynb #d33010a8
+# %% ../../nbs/losses/boundary.ipynb #1ea30d0d
 @register_loss("hausdorff_dt", family="boundary", formula=r"\frac1{\lvert C\rvert\,n}\sum_{c,i}(p_c-g_c)^2\,(d_{p_c}^{\,\alpha}+d_{g_c}^{\,\alpha})",
-               paper="Karimi, Salcudean, Reducing the Hausdorff Distance in Medical Image Segmentation with CNNs, TMI 2020, eq. 8",
+               paper="Karimi, Salcudean, Reducing the Hausdorff Distance in Medical Image Segmentation with CNNs, TMI 2020 (the distance transform form)",
                absent=_NO_MAP + "; a predicted region of it still has one")
 class HausdorffDT(MapLoss):
     "Mean of the squared error times its distance to the true and to the predicted edge; pixels to the power alpha, 0 when perfect"
@@ -151,9 +151,9 @@ class HausdorffDT(MapLoss):
         d = _unsigned(phi)
         return (d if self.reach is None else d.clamp(max=self.reach)) ** self.alpha
 
-# %% ../../nbs/losses/boundary.ipynb #63862bd2
+# %% ../../nbs/losses/boundary.ipynb #0d3406d1
 @register_loss("distance_penalized_ce", family="boundary", formula=r"\frac1n\sum_i(1+s\,\Phi_i)\,(-\ln p_{y_i})",
-               paper="Caliva et al., Distance Map Loss Penalty Term for Semantic Segmentation, MIDL 2019, eq. 1", absent="no pixels, no say")
+               paper="Caliva et al., Distance Map Loss Penalty Term for Semantic Segmentation, MIDL 2019", absent="no pixels, no say")
 class DistancePenalizedCE(PixelLoss):
     "Cross-entropy with more say for pixels near an edge of the target: mean of (1 + strength · Φ) · (-ln p_y)"
     params = (Param("strength", "float", 1.0, 0, None, slider=(0, 10), zero="plain cross-entropy", doc="how much more a pixel at an edge counts"),
@@ -180,7 +180,7 @@ class DistancePenalizedCE(PixelLoss):
         value, total = self.everywhere(self.maps(logits, y, valid, ready)[1].sum()), self.everywhere(total)
         return value / torch.where(total > 0, total, 1)
 
-# %% ../../nbs/losses/boundary.ipynb #ae6ae5c2
+# %% ../../nbs/losses/boundary.ipynb #3fb2c640
 def _edge_pixels(y, valid):  # N H W bool: valid pixels of which a 4-neighbour has another label, is void, or lies outside the picture
     labels = F.pad(y.masked_fill(~valid, -1), (1, 1, 1, 1), value=-1)
     here = labels[:, 1:-1, 1:-1]
@@ -191,7 +191,7 @@ def _edge_pixels(y, valid):  # N H W bool: valid pixels of which a 4-neighbour h
 
 
 @register_loss("boundary_dou", family="boundary", formula=r"\frac{n_c+\sum p_c^2-2\,tp_c}{n_c+\sum p_c^2-(1+\alpha_c)\,tp_c},\quad\alpha_c=\min\Big(1-2\frac{\text{edge}_c}{n_c},\ 0.8\Big)",
-               paper="Sun, Luo, Li, Boundary Difference Over Union Loss for Medical Image Segmentation, MICCAI 2023, eq. 4 and 5",
+               paper="Sun, Luo, Li, Boundary Difference Over Union Loss for Medical Image Segmentation, MICCAI 2023, sec. 2",
                absent="left out (classes='present'); with 'all' or a list it counts 1 if claimed and 0 if nothing of it is predicted")
 class BoundaryDoU(RegionLoss):
     "What is wrong, over what is wrong plus a share of the overlap that is small for large, round regions"
@@ -207,7 +207,9 @@ class BoundaryDoU(RegionLoss):
 
     def class_loss(self, sums):
         alpha = (1 - 2 * sums.tp2 / sums.n.clamp(min=1)).clamp(max=self.alpha_max)
-        return 1 - overlap_ratio((1 - alpha) * sums.tp, sums.n + sums.p2 - (1 + alpha) * sums.tp)
+        both = sums.n + sums.p2
+        claimed = both > 0  # no pixel, no claim: nothing wrong
+        return torch.where(claimed, (both - 2 * sums.tp) / torch.where(claimed, both - (1 + alpha) * sums.tp, 1), 0)
 
 # %% ../../nbs/losses/boundary.ipynb #ffad3d15
 class _Agreement(torch.autograd.Function):
@@ -252,9 +254,9 @@ def _right(x, k):
 def _down(x, k):
     return x[:, :-k], x[:, k:]
 
-# %% ../../nbs/losses/boundary.ipynb #d3611755
+# %% ../../nbs/losses/boundary.ipynb #b95ea8f6
 @register_loss("edge_bce", family="boundary", formula=r"w\operatorname*{mean}_{y\ne y'}\big[-\ln(1-s)\big]+(1-w)\operatorname*{mean}_{y=y'}\big[-\ln s\big],\quad s=\sum_c p_c\,p'_c",
-               paper="after the boundary head of Xu, Xiong, Bhattacharyya, PIDNet, CVPR 2023, sec. 3.4, and the balance of Xie, Tu, Holistically-Nested Edge Detection, ICCV 2015, eq. 2",
+               paper="after the boundary head of Xu, Xiong, Bhattacharyya, PIDNet, CVPR 2023, and the balance of Xie, Tu, Holistically-Nested Edge Detection, ICCV 2015, eq. 2",
                absent="no pixels, no say; classes are not looked at one by one")
 class EdgeBCE(SegLoss):
     "Balanced binary cross-entropy of the edges that the class probabilities imply; use it beside a loss that knows classes"
