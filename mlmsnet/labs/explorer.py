@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Control', 'slider', 'choice', 'picture', 'page_html', 'frames_page', 'Explorer', 'drop_live_view']
 
-# %% ../../nbs/labs/explorer.ipynb #34c07c0b
+# %% ../../nbs/labs/explorer.ipynb #cc425d7a
 import asyncio
 import base64
 import html
@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ipywidgets as W
+import numpy as np
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..core import ConfigError, unknown
 from ..viz import STYLE
@@ -86,17 +89,22 @@ def choice(
     first = (tuple(value or ()) if several else options[0][1] if value is None else value)
     return Control(name, "many" if several else "choice", options, first, tuple(frames), label)
 
-# %% ../../nbs/labs/explorer.ipynb #0d647cf2
+# %% ../../nbs/labs/explorer.ipynb #6f88a504
 def picture(
     fig: Figure,
     fmt: str = "png",  # png or webp
     dpi: int = 90,
-    photo: bool = False,  # webp: lossy, for figures that are mostly photographs and maps
+    photo: bool | int = False,  # webp: lossy, for figures that are mostly photographs and maps; a number is its quality
 ) -> bytes:
     "The figure as a file; always of the size it was made for, so that frames do not jump"
-    kw = {} if fmt == "png" else {"pil_kwargs": {"quality": 80, "method": 4} if photo else {"lossless": True, "method": 4}}
-    file = io.BytesIO()
-    fig.savefig(file, format=fmt, dpi=dpi, **kw)
+    kw = {"compress_level": 1} if fmt == "png" else {"quality": 80 if photo is True else photo, "method": 6} if photo else {"lossless": True, "method": 4}
+    before, file = (fig.canvas, fig.dpi), io.BytesIO()
+    canvas = FigureCanvasAgg(fig)
+    fig.dpi = dpi
+    canvas.draw()  # `savefig` would lay out every text twice
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(file, fmt, **kw)
+    fig.set_canvas(before[0])
+    fig.dpi = before[1]
     return file.getvalue()
 
 # %% ../../nbs/labs/explorer.ipynb #3c8e867f
@@ -136,7 +144,7 @@ def page_html(title: str, controls: str, body: str, data: dict, script: str, not
     return (f'<div class="mlms-explorer"><style>{_CSS}</style>{head}<div class="mlms-controls">{controls}</div>{body}{foot}'
             f'<script type="application/json">{text}</script><script>{script}</script></div>')
 
-# %% ../../nbs/labs/explorer.ipynb #6c1ac975
+# %% ../../nbs/labs/explorer.ipynb #4d222590
 def frames_page(
     draw: Callable,  # Keywords of the controls -> matplotlib Figure; pure
     controls: Iterable,  # `Control`s; those without frames stay at their value
@@ -144,7 +152,7 @@ def frames_page(
     alt: Callable | None = None,  # All values as one dict -> what the figure shows, in one sentence
     note: str = "",  # Below the figure
     dpi: int = 80,
-    photo: bool = False,  # Frames are photographs and maps, not curves
+    photo: bool | int = False,  # Frames are photographs and maps, not curves
 ) -> str:
     "Self-contained HTML: a figure for every combination of frames, and plain inputs that choose among them"
     moving = [c for c in controls if c.frames]
@@ -159,7 +167,7 @@ def frames_page(
     body = f'<img src="{frames[first]}" alt="{html.escape(alts[first])}">'
     return page_html(title, "".join(map(_input, moving)), body, data, _JS, note)
 
-# %% ../../nbs/labs/explorer.ipynb #0c6f3489
+# %% ../../nbs/labs/explorer.ipynb #37ee629c
 class Explorer(W.VBox):
     "Controls above a figure: kernel-backed in Jupyter, frames drawn beforehand where there is no kernel"
     max_frames = 30
@@ -173,7 +181,7 @@ class Explorer(W.VBox):
         note: str = "",  # Shown below the figure on a page
         dpi: int = 90,
         page_dpi: int = 80,
-        photo: bool = False,  # Frames are photographs and maps, not curves
+        photo: bool | int = False,  # Frames are photographs and maps, not curves
     ):
         self.draw, self.controls, self.title, self.alt, self.note = draw, controls, title, alt, note
         self.dpi, self.page_dpi, self.photo = dpi, page_dpi, photo
