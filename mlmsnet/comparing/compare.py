@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RARE_SHARE', 'SCORES', 'LossSpec', 'parse_losses', 'load_plugin', 'PlannedRun', 'plan_runs', 'check_folder',
-           'check_losses', 'draw_minicity', 'train_and_score', 'claim', 'record_failure', 'compare_losses', 'rare_iou',
-           'run_result', 'mean_sd', 'loss_table', 'read_comparison', 'pm', 'markdown_table', 'write_comparison']
+           'check_data', 'check_losses', 'draw_minicity', 'train_and_score', 'claim', 'record_failure',
+           'compare_losses', 'rare_iou', 'run_result', 'mean_sd', 'loss_table', 'read_comparison', 'pm',
+           'markdown_table', 'write_comparison']
 
-# %% ../../nbs/comparing/compare.ipynb #81321968
+# %% ../../nbs/comparing/compare.ipynb #628d3f2e
 import contextlib
 import importlib.util
 import json
@@ -26,7 +27,7 @@ import torch
 from ..core import CheckpointError, ConfigError, DataError, MlmsError, atomic_write, load_json, save_json
 from ..losses.contract import LOSSES, available_losses, create_loss
 from ..training.config import Config, config_hash, differences, parse_config, shipped_configs
-from ..training.records import RunRecord, environment, find_runs, load_run
+from ..training.records import RunRecord, data_fingerprint, environment, find_runs, load_run
 
 # %% ../../nbs/comparing/compare.ipynb #59ffee8a
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def plan_runs(
             runs.append(PlannedRun(s, own, Path(out) / s.folder / f"seed{seed}"))
     return runs
 
-# %% ../../nbs/comparing/compare.ipynb #21d5c8df
+# %% ../../nbs/comparing/compare.ipynb #3d945d45
 _FREE = ("loss.", "seed", "device", "data.root", "data.cache", "data.workers", "train.save_steps", "train.keep_memory", "train.val_batch")
 
 
@@ -172,6 +173,19 @@ def check_folder(
         if diff:
             shown = ", ".join(f"{k}: {a} → {b}" for k, (a, b) in list(diff.items())[:4])
             raise ConfigError(f"{path} belongs to a comparison with other settings ({shown}); choose another --out, or take its settings")
+
+
+def check_data(
+    out,  # Folder of the comparison
+    data: dict,  # `train_data` and `val_data`
+):
+    "Stop if a run in the folder saw other images"
+    ours = {k: data_fingerprint(data[f"{k}_data"]) for k in ("train", "val")}
+    for path in find_runs(out):
+        theirs = load_run(path).summary.get("data") or {}
+        other = [k for k, v in ours.items() if theirs.get(k, {}).get("fingerprint", v) != v]
+        if other:
+            raise ConfigError(f"{path} was made with other {' and '.join(other)} images; give the same --images and --data.root, or choose another --out")
 
 
 def check_losses(
@@ -315,7 +329,7 @@ def _data_sets(cfg: Config) -> dict:
     val = test if cfg.data.val == cfg.data.test else build_dataset(cfg, cfg.data.val)
     return {"train_data": build_dataset(cfg, cfg.data.train, augmentable=True), "val_data": val, "test_data": test}
 
-# %% ../../nbs/comparing/compare.ipynb #1b47c816
+# %% ../../nbs/comparing/compare.ipynb #17015c70
 def compare_losses(
     config="minicity_losses",  # A shipped name, a YAML file or a dict: what all runs share
     losses=("cross_entropy", "ohem", "dice_ce"),  # As for `parse_losses`
@@ -339,6 +353,7 @@ def compare_losses(
         cfg = _with_data(cfg, config, settings, out, images, rarity, progress, say)
     plan = [replace(r, cfg=replace(r.cfg, data=cfg.data)) for r in plan]
     data = _data_sets(cfg)
+    check_data(out, data)
     check_losses(specs, data["train_data"].num_classes)
     say(f"{len(specs)} losses × {len(list(seeds))} seeds = {len(plan)} runs in {out}")
     _run_all(plan, say, lambda run: _one_run(run, data, say, pictures, progress), retry)
