@@ -36,73 +36,68 @@ class RegionSums(NamedTuple):
         "The sums of two tiles, batches or processes together"
         return RegionSums(*(None if a is None else a + b for a, b in zip(self, other)))
 
-# %% ../../nbs/losses/region.ipynb #0cb1a418
+# %% ../../nbs/losses/region.ipynb #88959932
 class _Squares:
-    "For Σ p²: what is summed over all pixels, what over the class's own, and the slopes of both"
+    "For Σ p²: what is summed at the true class, what at the others, and the slopes; f(0) must be 0"
     @staticmethod
-    def total(p): return p.square()
+    def own(p): return p.square()
 
     @staticmethod
-    def total_slope(p): return 2 * p
+    def own_slope(p): return 2 * p
 
-    own, own_slope = total, total_slope
+    other, other_slope = own, own_slope
 
-# %% ../../nbs/losses/region.ipynb #a258f432
+# %% ../../nbs/losses/region.ipynb #23258c86
 class _SoftmaxSums(torch.autograd.Function):
     "softmax and its per-class sums, strip by strip: neither probabilities nor a one-hot of the batch are ever kept"
     @staticmethod
     def forward(ctx, logits, y, valid, extra, dtype):
-        n, c = logits.shape[:2]
-        p, more = logits.new_zeros(n, c, dtype=dtype), logits.new_zeros(n, c, dtype=dtype) if extra else None
-        p_y = logits.new_empty(y.shape)
+        tp, fp, count, own, other = (logits.new_zeros(logits.shape[:2], dtype=dtype) for _ in range(5))
         with full_precision(logits):
             for i, r in strips(logits):
-                prob = F.softmax(logits[i, :, r], 1)
-                p_y[i, r] = prob.gather(1, y[i, r].unsqueeze(1)).squeeze(1)
-                prob = _mask(prob, valid[i, r])
-                p[i] += prob.sum(3).sum(2, dtype=dtype)
+                index, prob = y[i, r].unsqueeze(1), F.softmax(logits[i, :, r], 1)
+                p_y, bins = prob.gather(1, index).squeeze(1), _bins(y[i, r], valid[i, r], logits.shape[1])
+                prob = _mask(prob.scatter_(1, index, 0), valid[i, r])
+                tp[i] += _per_class(p_y, bins, tp)
+                fp[i] += prob.sum(3).sum(2, dtype=dtype)
+                count[i] += _per_class(torch.ones_like(p_y), bins, tp)
                 if extra:
-                    more[i] += extra.total(prob).sum(3).sum(2, dtype=dtype)
-            rows = _bins(y, valid, c)
-            tp, count = _per_class(p_y, rows, c, dtype), _per_class(p_y.new_ones(1).expand(y.shape), rows, c, dtype)
-            own = _per_class(extra.own(p_y), rows, c, dtype) if extra else None
+                    own[i] += _per_class(extra.own(p_y), bins, tp)
+                    other[i] += extra.other(prob).sum(3).sum(2, dtype=dtype)
         ctx.save_for_backward(logits, y, valid)
         ctx.extra = extra
         ctx.mark_non_differentiable(count)
-        return (tp, p, count, more, own) if extra else (tp, p, count)
+        return tp, fp, count, own, other
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *sums):
         logits, y, valid = ctx.saved_tensors
-        g_tp, g_p, _, *g_extra = (g.to(logits.dtype) for g in sums)
+        g_tp, g_fp, _, g_own, g_other = (g.to(logits.dtype) for g in sums)
         grad = torch.empty_like(logits)
         with full_precision(logits):
             for i, r in strips(logits):
-                index = y[i, r].unsqueeze(1)
-                prob = F.softmax(logits[i, :, r], 1)
+                index, prob = y[i, r].unsqueeze(1), F.softmax(logits[i, :, r], 1)
                 p_y = prob.gather(1, index)
-                up = g_p[i, :, None, None].expand_as(prob)  # dL/dp_c, except for the true class's own part:
-                own = _at(g_tp[i], index)
-                if g_extra:
-                    up = up + g_extra[0][i, :, None, None] * ctx.extra.total_slope(prob)
-                    own = own + _at(g_extra[1][i], index) * ctx.extra.own_slope(p_y)
-                own = own * p_y
-                out = prob * up  # softmax backwards: p (u - Σ p u)
-                mean = out.sum(1, keepdim=True) + own
-                out.addcmul_(prob, mean, value=-1).scatter_add_(1, index, own)
+                true, rest = _at(g_tp[i], index), g_fp[i, :, None, None]  # dL/dp of the true class, and of the others
+                if ctx.extra:
+                    true = true + _at(g_own[i], index) * ctx.extra.own_slope(p_y)
+                    rest = rest + g_other[i, :, None, None] * ctx.extra.other_slope(prob)
+                out = (prob * rest).scatter_(1, index, p_y * true)  # softmax backwards: p (u - Σ p u)
+                out.addcmul_(prob, out.sum(1, keepdim=True), value=-1)
                 grad[i, :, r] = _mask(out, valid[i, r])
         return grad, None, None, None, None
 
-# %% ../../nbs/losses/region.ipynb #7d9bdf24
+# %% ../../nbs/losses/region.ipynb #f7e73dd1
 def _bins(y, valid, c):  # N H W -> N H W, the class of each pixel, void in a bin of its own
     return y.masked_fill(~valid, c)
 
 
-def _per_class(values, bins, c, dtype):  # N H W -> N C
+def _per_class(values, bins, like):  # N H W -> N C, dtype and C of `like`
     n, h, w = bins.shape
-    rows = values.new_zeros(n * h, c + 1).scatter_add_(1, bins.reshape(n * h, w), values.reshape(n * h, w))
-    return rows.view(n, h, c + 1).sum(1, dtype=dtype)[:, :c].contiguous()
+    rows = like.new_zeros(n * h, like.shape[1] + 1)
+    rows.scatter_add_(1, bins.reshape(n * h, w), values.reshape(n * h, w).to(like.dtype))
+    return rows.view(n, h, -1).sum(1)[:, :-1]
 
 
 def _at(per_class, index):  # N C, N 1 H W -> N 1 H W
@@ -117,7 +112,7 @@ def _mask(x, valid):  # zero under void, in place; on a CPU we look first whethe
 def _wide(x):  # float64, where the device has it
     return x.dtype if x.device.type == "mps" else torch.float64
 
-# %% ../../nbs/losses/region.ipynb #748f4674
+# %% ../../nbs/losses/region.ipynb #36693243
 def region_sums(
     logits: torch.Tensor,  # N C H W
     y: torch.Tensor,  # N H W int64, 0 under void
@@ -126,7 +121,8 @@ def region_sums(
     dtype: torch.dtype | None = None,  # Of the sums; None: as the logits
 ) -> RegionSums:
     "Per image and class: Σ p over the class's pixels, Σ p over all, and how many pixels; differentiable, without a one-hot"
-    return RegionSums(*_SoftmaxSums.apply(logits, y, valid, _Squares if squares else None, dtype or logits.dtype))
+    tp, fp, n, tp2, fp2 = _SoftmaxSums.apply(logits, y, valid, _Squares if squares else None, dtype or logits.dtype)
+    return RegionSums(tp, fp + tp, n, *((fp2 + tp2, tp2) if squares else ()))
 
 # %% ../../nbs/losses/region.ipynb #32e94fa1
 def overlap_ratio(num: torch.Tensor, den: torch.Tensor) -> torch.Tensor:
@@ -322,7 +318,7 @@ class MCC(RegionLoss):
         corr = (t * (rest_q - fp) - fp * fn) / torch.where(known, var, 1).sqrt()
         return 1 - torch.where(known, corr, (r == q).to(corr.dtype))
 
-# %% ../../nbs/losses/region.ipynb #eefc320b
+# %% ../../nbs/losses/region.ipynb #7eb6b8c5
 class _SoftConfusion(torch.autograd.Function):
     "softmax and its sums per true class, N C C, strip by strip"
     @staticmethod
@@ -363,9 +359,8 @@ def confusion_sums(
     "As `region_sums`, with the soft confusion matrix: Σ p_l over the pixels of class c, N C C"
     dtype = dtype or logits.dtype
     table = _SoftConfusion.apply(logits, y, valid, dtype)
-    ones = logits.new_ones(1).expand(y.shape)
-    return RegionSums(table.diagonal(dim1=1, dim2=2), table.sum(1), _per_class(ones, _bins(y, valid, logits.shape[1]), logits.shape[1], dtype),
-                      confusion=table)
+    n = _per_class(logits.new_ones(1).expand(y.shape), _bins(y, valid, logits.shape[1]), table[:, 0])
+    return RegionSums(table.diagonal(dim1=1, dim2=2), table.sum(1), n, confusion=table)
 
 # %% ../../nbs/losses/region.ipynb #5192f888
 @register_loss("wasserstein_dice", family="region", formula=r"1-\frac{2\sum_c w_c(n_c-W_c)}{2\sum_c w_c(n_c-W_c)+\sum_c w_cW_c},\quad W_c=\sum_{i\in c}\sum_l M_{cl}\,p_{il}",
@@ -392,19 +387,19 @@ class WassersteinDice(RegionLoss):
         right = 2 * (weight * front * (n - cost)).sum(1)
         return 1 - overlap_ratio(right, right + (weight * cost).sum(1))
 
-# %% ../../nbs/losses/region.ipynb #4194204d
+# %% ../../nbs/losses/region.ipynb #e742ca4b
 class _Common:
     "For Σ min(p, g), where the label g is `high` at the true class and `low` elsewhere"
     def __init__(self, low, high):
         self.low, self.high = low, high
 
-    def total(self, p): return p.clamp(max=self.low)
+    def own(self, p): return p.clamp(max=self.high)
 
-    def total_slope(self, p): return (p < self.low).to(p.dtype)
+    def own_slope(self, p): return (p <= self.high).to(p.dtype)
 
-    def own(self, p): return p.clamp(self.low, self.high) - self.low  # what is missing to min(p, high)
+    def other(self, p): return p.clamp(max=self.low)
 
-    def own_slope(self, p): return ((p >= self.low) & (p <= self.high)).to(p.dtype)
+    def other_slope(self, p): return (p <= self.low).to(p.dtype)
 
 
 @register_loss("semimetric_dice", family="region", formula=r"1-\frac{\sum(p_c+g_c)-\sum|p_c-g_c|}{\sum(p_c+g_c)},\quad g=(1-s)\,\mathrm{onehot}+s/C",
@@ -418,8 +413,8 @@ class SemimetricDice(RegionLoss):
     def gather(self, logits, y, valid):
         "Here tp is Σ min(p, g)"
         low = self.soft / logits.shape[1]
-        _, p, n, total, own = _SoftmaxSums.apply(logits, y, valid, _Common(low, 1 - self.soft + low), _wide(logits))
-        return RegionSums(total + own, p, n)
+        tp, fp, n, own, other = _SoftmaxSums.apply(logits, y, valid, _Common(low, 1 - self.soft + low), _wide(logits))
+        return RegionSums(own + other, tp + fp, n)
 
     def class_loss(self, sums):
         n = sums.n
