@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['strips', 'target_log_prob', 'PixelLoss', 'CrossEntropy', 'OhemCrossEntropy', 'hardest', 'TopKCrossEntropy', 'Focal',
-           'Poly1', 'BalancedSoftmax', 'class_counts', 'GeneralizedCrossEntropy', 'BiTempered']
+           'Poly1', 'class_counts', 'PriorLoss', 'BalancedSoftmax', 'GeneralizedCrossEntropy', 'BiTempered']
 
 # %% ../../nbs/losses/pixel.ipynb #1c75d1f4
 import math
@@ -253,55 +253,58 @@ class Poly1(PixelLoss):
     def pixel_loss(self, log_py):
         return -log_py - self.epsilon * torch.expm1(log_py)
 
-# %% ../../nbs/losses/pixel.ipynb #c1e41f20
+# %% ../../nbs/losses/pixel.ipynb #f8521f0b
+def class_counts(
+    y: torch.Tensor,  # N H W int64
+    valid: torch.Tensor,  # N H W bool
+    num_classes: int,
+) -> torch.Tensor:
+    "Valid pixels of each class in the batch, int64"
+    return torch.bincount(y.masked_fill(~valid, num_classes).flatten(), minlength=num_classes + 1)[:num_classes]
+
+
+class PriorLoss(PixelLoss):
+    "A pixel loss that knows how frequent each class is: from `prior`, or from the batch (of all processes under `share_statistics`)"
+    params = (Param("prior", "weights", None, doc="share of each class, up to scale; None: that of the valid pixels in the batch"), *PixelLoss.params)
+
+    @torch.no_grad()
+    def shares(self, logits, y, valid):
+        "Share of each class, C; never 0: at least one pixel of the batch, or a hundredth of the smallest other `prior`"
+        if self.prior is None:
+            count = self.everywhere(class_counts(y, valid, logits.shape[1]).to(logits.dtype)).clamp(min=1)
+        else:
+            count = self.prior.to(logits)
+            count = torch.where(count > 0, count, count.masked_fill(count <= 0, math.inf).min() / 100)
+        return count / count.sum()
+
+    def prepare(self, logits, target):
+        out = super().prepare(logits, target)
+        if self.prior is not None and len(self.prior) != logits.shape[1]:
+            raise ConfigError(f"prior has {len(self.prior)} numbers, but the logits have {logits.shape[1]} classes")
+        if self.prior is not None and not self.prior.any():
+            raise ConfigError("prior is all zero; it must hold the share of at least one class")
+        return out
+
+# %% ../../nbs/losses/pixel.ipynb #d117bf40
 @register_loss("balanced_softmax", family="pixel", formula=r"-\ln\frac{\pi_y^\tau e^{z_y}}{\sum_c\pi_c^\tau e^{z_c}}",
-               paper="Ren et al., Balanced Meta-Softmax, NeurIPS 2020; Menon et al., Logit Adjustment, ICLR 2021, eq. 10", absent="no pixels, no say; its prior is that of one pixel")
-class BalancedSoftmax(PixelLoss):
+               paper="Ren et al., Balanced Meta-Softmax, NeurIPS 2020; Menon et al., Logit Adjustment, ICLR 2021, eq. 10",
+               absent="no pixels, no say; as a rival of the true class it has the prior of one pixel")
+class BalancedSoftmax(PriorLoss):
     """Cross-entropy of z + tau ln(prior): the network learns scores as if all classes were equally frequent.
 
     `prior` is one number per class (only ratios matter; a 0 becomes a hundredth of the smallest other).
     None: the pixel counts of this batch (of all processes under `share_statistics`), at least 1 per class.
     """
     params = (Param("tau", "float", 1.0, 0, 10, slider=(0, 2), zero="plain cross-entropy", doc="how far the scores are shifted by the log prior"),
-              Param("prior", "weights", None, doc="share of each class, up to scale; None: that of the valid pixels in the batch"),
-              *PixelLoss.params)
+              *PriorLoss.params)
 
     def pixel_loss(self, log_py):
         return -log_py
 
-    @torch.no_grad()
-    def log_prior(self, logits, y, valid):
-        "tau ln(prior), one number per class"
-        classes = logits.shape[1]
-        if self.prior is None:
-            count = class_counts(y, valid, classes).to(logits.dtype)
-            count = self.everywhere(count).clamp(min=1)
-        else:
-            count = self.prior.to(logits)
-            count = torch.where(count > 0, count, count.masked_fill(count <= 0, math.inf).min() / 100)
-        return self.tau * (count / count.sum()).log()
-
     def maps(self, logits, y, valid):
         if self.tau > 0:
-            logits = logits + self.log_prior(logits, y, valid).view(1, -1, 1, 1)
+            logits = logits + self.tau * self.shares(logits, y, valid).log().view(1, -1, 1, 1)
         return super().maps(logits, y, valid)
-
-    def prepare(self, logits, target):
-        if self.prior is not None:
-            if len(self.prior) != logits.shape[1]:
-                raise ConfigError(f"prior has {len(self.prior)} numbers, but the logits have {logits.shape[1]} classes")
-            if not self.prior.any():
-                raise ConfigError("prior is all zero; it must hold the share of at least one class")
-        return super().prepare(logits, target)
-
-
-def class_counts(
-    y: torch.Tensor,  # N H W int64, 0 under void
-    valid: torch.Tensor,  # N H W bool
-    num_classes: int,
-) -> torch.Tensor:
-    "Valid pixels of each class in the batch, int64"
-    return torch.bincount(y.masked_fill(~valid, num_classes).flatten(), minlength=num_classes + 1)[:num_classes]
 
 # %% ../../nbs/losses/pixel.ipynb #b40e7c28
 @register_loss("gce", family="pixel", formula=r"\frac{1-p_y^{\,q}}{q}", paper="Zhang, Sabuncu, Generalized Cross Entropy Loss, NeurIPS 2018, eq. 6", absent="no pixels, no say")
@@ -357,7 +360,7 @@ class _BiTempered(torch.autograd.Function):
                 grad[i, :, r] = v.mul_(g[i, r].unsqueeze(1)).masked_fill_(~valid[i, r].unsqueeze(1), 0)
         return grad, None, None, None, None
 
-# %% ../../nbs/losses/pixel.ipynb #b7b2c0d6
+# %% ../../nbs/losses/pixel.ipynb #4a48c354
 @register_loss("bi_tempered", family="pixel", formula=r"-\ln_{t_1}p_y-\frac{1-\sum_c p_c^{2-t_1}}{2-t_1},\quad p=\exp_{t_2}(z-\lambda)",
                paper="Amid et al., Robust Bi-Tempered Logistic Loss, NeurIPS 2019", absent="no pixels, no say")
 class BiTempered(PixelLoss):
@@ -365,7 +368,7 @@ class BiTempered(PixelLoss):
 
     The class probabilities of this loss are the tempered ones; argmax is the same as that of the plain softmax.
     """
-    params = (Param("t1", "float", 0.8, 0, 1, slider=(0.2, 1), doc="1: the usual logarithm; below: the loss is at most 1/(1-t1)"),
+    params = (Param("t1", "float", 0.8, 0, 1, slider=(0.2, 1), zero="the loss is a squared error of p", doc="1: the usual logarithm; below, the loss is bounded"),
               Param("t2", "float", 1.2, 1, 4, slider=(1, 3), doc="1: the usual softmax; above: its tail is heavy"),
               *PixelLoss.params)
 
