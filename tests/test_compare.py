@@ -1,4 +1,4 @@
-"""`mlmsnet compare`: nothing is lost when it is killed, nothing is trained twice, failures are kept, and tables hold what the records say."""
+"""`mlmsnet compare`: nothing is lost when it is killed, nothing is trained twice, failures are kept, tables hold what records say."""
 import json
 import os
 import signal
@@ -125,9 +125,11 @@ def test_interrupted_and_asked_again(config, monkeypatch, capfd):
 
 def test_two_processes_share_the_work_and_one_is_killed(config):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mlmsnet", *arguments(config, "cross_entropy,dice", "--seeds", "0,1", "--train.epochs", 4, "--train.val_every", 4)]
+    brief = ["--train.epochs", "4", "--train.val_every", "4"]
+    command = [sys.executable, "-m", "mlmsnet", *arguments(config, "cross_entropy,dice", "--seeds", "0,1", *brief)]
+    pipes = dict(env=env, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     out = config.parent / "out"
-    first, second = (subprocess.Popen(command, env=env, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2))
+    first, second = (subprocess.Popen(command, **pipes) for _ in range(2))
     try:
         until = time.time() + 120
         while not any(out.rglob("last.pt")) and time.time() < until:
@@ -141,7 +143,7 @@ def test_two_processes_share_the_work_and_one_is_killed(config):
     assert len(counts(out)) == 4 and all(load_run(p.parent).finished for p in out.rglob("config.yaml"))
     done = first.communicate()[0].count("mIoU 0.") + text.count("mIoU 0.")
     assert done == 4, text  # every run was trained to its end by one of them, none by both
-    assert main(arguments(config, "cross_entropy", out="alone") + ["--train.epochs", "4", "--train.val_every", "4", "--seeds", "1"]) == 0
+    assert main(arguments(config, "cross_entropy", "--seeds", "1", *brief, out="alone")) == 0
     assert counts(config.parent / "alone")["cross_entropy/seed1"] == counts(out)["cross_entropy/seed1"]
 
 
@@ -202,9 +204,9 @@ def test_missing_or_other_settings(config, capfd):
 
 
 def test_minicity_is_drawn(tmp_path, capfd):
-    tiny = ["--data.size", "[64,96]", "--augment.crop", "[64,64]", "--model.output_stride", 32, "--model.dilations", "[1,2]", "--train.epochs", 1,
-            "--train.batch_size", 2, "--device", "cpu"]
-    command = ["compare", "--losses", "dice", "--out", str(tmp_path / "out"), "--images", "4,2", "--rarity", "0.5", "--quiet", *map(str, tiny)]
+    tiny = ["--data.size", "[64,96]", "--augment.crop", "[64,64]", "--model.output_stride", "32", "--model.dilations", "[1,2]",
+            "--train.epochs", "1", "--train.batch_size", "2", "--device", "cpu", "--quiet"]
+    command = ["compare", "--losses", "dice", "--out", str(tmp_path / "out"), "--images", "4,2", "--rarity", "0.5", *tiny]
     assert main(command) == 0
     assert read_comparison(tmp_path / "out")["minicity"]["rarity"] == 0.5
     config = yaml.safe_load((tmp_path / "out/dice/seed0/config.yaml").read_text())
