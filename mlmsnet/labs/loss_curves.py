@@ -243,7 +243,7 @@ def _measure(losses, view, setting):
             result[f"{label}: {(str(e) or type(e).__name__).splitlines()[0][:60]}"] = ()
     return result
 
-# %% ../../nbs/labs/loss_curves.ipynb #311c8532
+# %% ../../nbs/labs/loss_curves.ipynb #d2f8aebe
 def _draw(curves, panels, relative, height=3.1):
     "Two panels with the same curves; `panels`: (x, xlabel, ylabel, highest, log) each"
     with rc_context(STYLE):
@@ -251,7 +251,7 @@ def _draw(curves, panels, relative, height=3.1):
         tall = height + 0.19 * rows
         fig = figure(7.6, tall)
         fig.set_layout_engine(None)  # margins by hand: a drawing takes half the time
-        fig.subplots_adjust(left=0.07, right=0.99, top=1 - 0.08 / tall, bottom=(0.58 + 0.19 * rows) / tall, wspace=0.17)
+        fig.subplots_adjust(left=0.07, right=0.99, top=1 - 0.08 / tall, bottom=(0.58 + 0.19 * rows) / tall, wspace=0.2)
         axes = fig.subplots(1, 2)
         for j, (ax, (x, xlabel, ylabel, highest, log)) in enumerate(zip(axes, panels)):
             top, low = 0.0, 0.0
@@ -367,7 +367,7 @@ def _page_loss(build, name, view):  # `build`: a name that is registered anew is
                "words": not _range(p)} for p, values in axes]
     return {"name": name, "params": params, "unit": unit.tolist(), "y": np.rint(series / unit[:, None]).astype(int).reshape(len(grid), -1).tolist()}
 
-# %% ../../nbs/labs/loss_curves.ipynb #bd118358
+# %% ../../nbs/labs/loss_curves.ipynb #52065b18
 _STYLE = """<style>.mlms-curves .mlms-group{display:flex;gap:.6em;width:100%;align-items:baseline}.mlms-curves .mlms-group>b{flex:none;width:5.6em}
 .mlms-curves .mlms-group>div,.mlms-curves .mlms-of{display:flex;flex-wrap:wrap;gap:.1em 1.1em}.mlms-curves .mlms-of[hidden]{display:none}
 .mlms-curves b{font-size:.92em}.mlms-curves .mlms-of>b{min-width:9em}.mlms-curves label{gap:.35em}.mlms-curves button,.mlms-curves select{font-size:.92em}
@@ -409,14 +409,14 @@ function show(){
     const cut=d.view=='pixel'?[y.slice(0,n),y.slice(n)]:[y.slice((at[0]*d.inner+at[1])*n,(at[0]*d.inner+at[1]+1)*n),panels[1].x.map((_,s)=>y[(s*d.inner+at[1])*n+at[2]])];
     cut.forEach((v,j)=>{const u=scale?1/Math.max(1e-9,...v.map(Math.abs)):l.unit[d.view=='pixel'?j:0];curves[j].push({label,y:v.map(q=>q*u)})});return label});
   if(d.view=='region'){panels[0].here=panels[0].x[at[2]];panels[1].here=panels[1].x[at[0]]}
-  $('.mlms-panels svg').forEach((svg,j)=>panel(svg,panels[j],curves[j]));
+  $('.mlms-panels>svg').forEach((svg,j)=>panel(svg,panels[j],curves[j]));
   $('.mlms-key')[0].innerHTML=labels.map((t,i)=>`<span><svg viewBox="0 0 40 14" aria-hidden="true">${line(i,'M2 7H38')}${stamp(i,20,7)}</svg> ${t}</span>`).join('')}
 boxes.forEach(e=>e.addEventListener('input',()=>{const i=+e.dataset.loss;chosen=chosen.filter(c=>c!=i);if(e.checked)chosen.push(i);show()}));
 $('input:not([data-loss]),select').forEach(e=>e.addEventListener('input',show));
 $('button')[0].addEventListener('click',()=>{$('input').forEach(e=>{e.checked=e.defaultChecked;e.value=e.defaultValue});
   $('select').forEach(e=>{e.selectedIndex=[...e.options].findIndex(o=>o.defaultSelected)});chosen=d.first.slice();show()});show()})()"""
 
-# %% ../../nbs/labs/loss_curves.ipynb #f9f0e966
+# %% ../../nbs/labs/loss_curves.ipynb #908e9d0a
 def _input(label, texts, at, attributes, doc="", words=False):
     "A plain input: a range, or a list where the values are words; its value is the number of the chosen one"
     label, doc, shown = html.escape(label), html.escape(doc), [html.escape(t) for t in texts]
@@ -460,7 +460,7 @@ def curves_page(
             fields.append(f'<div class="mlms-group" role="group" aria-label="{family}"><b>{family}</b><div>{ticks}</div></div>' if ticks else "")
     panels, scene = _page_scene(view)
     turners = "".join(
-        f'<div class="mlms-of" data-of="{i}" hidden><b>{html.escape(x["name"])}</b>' +
+        f'<div class="mlms-of" role="group" aria-label="{html.escape(x["name"])}" data-of="{i}" hidden><b>{html.escape(x["name"])}</b>' +
         "".join(_input(p["name"], p["texts"], p["at"], f'data-turn="{i}"', p["doc"], p["words"]) for p in x["params"]) + "</div>"
         for i, x in enumerate(losses) if x["params"])
     controls = f'{"".join(fields)}{scene}<label><input type="checkbox" data-relative>each curve to its maximum</label><button type="button">reset</button>'
