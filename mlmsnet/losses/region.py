@@ -124,13 +124,25 @@ def region_sums(
     tp, fp, n, tp2, fp2 = _SoftmaxSums.apply(logits, y, valid, _Squares if squares else None, dtype or logits.dtype)
     return RegionSums(tp, fp + tp, n, *((fp2 + tp2, tp2) if squares else ()))
 
-# %% ../../nbs/losses/region.ipynb #32e94fa1
+# %% ../../nbs/losses/region.ipynb #ca61d30c
 def overlap_ratio(num: torch.Tensor, den: torch.Tensor) -> torch.Tensor:
     "num / den, and 1 where both are 0: nothing asked for, nothing claimed, nothing wrong"
     empty = den <= 0
     return torch.where(empty, 1, num / torch.where(empty, 1, den))
 
-# %% ../../nbs/losses/region.ipynb #43008895
+
+def _chosen(n, classes):  # rows × C counts -> 1 where a class counts, else 0
+    if classes == "present":
+        return (n > 0).to(n.dtype)
+    if classes == "all":
+        return torch.ones_like(n)
+    if max(classes) >= n.shape[1]:
+        raise ConfigError(f"classes holds {max(classes)}, but the logits have {n.shape[1]} classes")
+    weight = torch.zeros_like(n)
+    weight[:, list(classes)] = 1
+    return weight
+
+# %% ../../nbs/losses/region.ipynb #a597ab6f
 class RegionLoss(SegLoss):
     """A mean over classes of a function of their sums. A subclass writes `class_loss(sums) -> (rows, C)`.
 
@@ -174,12 +186,7 @@ class RegionLoss(SegLoss):
 
     def counted(self, n):
         "The weight of each class in the mean, rows × C; 0 for those that do not count"
-        weight = (n > 0).to(n.dtype) if self.classes == "present" else torch.ones_like(n)
-        if isinstance(self.classes, tuple):
-            if max(self.classes) >= n.shape[1]:
-                raise ConfigError(f"classes holds {max(self.classes)}, but the logits have {n.shape[1]} classes")
-            weight = torch.zeros_like(n)
-            weight[:, list(self.classes)] = 1
+        weight = _chosen(n, self.classes)
         return weight if self.class_weight is None else weight * self.class_weight.to(n)
 
 # %% ../../nbs/losses/region.ipynb #bff5c557
@@ -318,7 +325,7 @@ class MCC(RegionLoss):
         corr = (t * (rest_q - fp) - fp * fn) / torch.where(known, var, 1).sqrt()
         return 1 - torch.where(known, corr, (r == q).to(corr.dtype))
 
-# %% ../../nbs/losses/region.ipynb #7eb6b8c5
+# %% ../../nbs/losses/region.ipynb #9181a485
 class _SoftConfusion(torch.autograd.Function):
     "softmax and its sums per true class, N C C, strip by strip"
     @staticmethod
@@ -349,7 +356,7 @@ class _SoftConfusion(torch.autograd.Function):
                 grad[i, :, r] = _mask(out.addcmul_(prob, out.sum(1, keepdim=True), value=-1), valid[i, r])
         return grad, None, None, None
 
-
+# %% ../../nbs/losses/region.ipynb #282286fb
 def confusion_sums(
     logits: torch.Tensor,  # N C H W
     y: torch.Tensor,  # N H W int64, 0 under void
