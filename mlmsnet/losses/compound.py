@@ -141,10 +141,10 @@ Combo = _pair("Combo", "combo", TwoSidedCrossEntropy, Dice,
               formula=r"\alpha\Big(-\beta\ln p_y-(1-\beta)\sum_{c\neq y}\ln(1-p_c)\Big)+(1-\alpha)\,L_{Dice}",
               summary="Cross-entropy that weighs missed pixels against wrong claims, and Dice")
 
-# %% ../../nbs/losses/compound.ipynb #df4efb2d
+# %% ../../nbs/losses/compound.ipynb #fde84022
 def _root(x, exponent, tiny=1e-12):
-    "x ** exponent with a finite slope at 0, and exactly 0 there"
-    return safe_pow(x, exponent, tiny) - (tiny**exponent if exponent != 1 else 0)
+    "x ** exponent, and 0 with slope 0 where x is nearly 0"
+    return x if exponent == 1 else torch.where(x > tiny, safe_pow(x, exponent, tiny), 0)
 
 
 _GAMMA = Param("gamma", "float", 0.3, 0.05, 5, slider=(0.1, 2), doc="power of the logarithm: below 1 the nearly perfect still gain, above 1 they are left alone")
@@ -198,7 +198,7 @@ class _Unified(SegLoss):
             raise ConfigError("rare is 'present'; it must be a list of class numbers, or 'all'")
         return super().prepare(logits, target)
 
-# %% ../../nbs/losses/compound.ipynb #1e75227c
+# %% ../../nbs/losses/compound.ipynb #2cd5cd91
 class UnifiedTversky(_Unified, RegionLoss):
     "Mean over classes of (1 - TI)^(1-gamma), TI = tp / (tp + delta fn + (1-delta) fp); in the asymmetric form the power is for rare classes"
     params = (*_UNIFIED, *RegionLoss.params)
@@ -221,7 +221,7 @@ class UnifiedFocal(_Unified, PixelLoss):
         focus = safe_pow(-torch.expm1(log_py), self.gamma) if self.gamma > 0 else torch.ones_like(log_py)
         if self.variant == "asymmetric":
             focus = torch.where(rare, 1, focus)
-        pixels = -log_py * focus * torch.where(rare, self.delta, 1 - self.delta)
+        pixels = -log_py * focus * (1 - self.delta + (2 * self.delta - 1) * rare.to(log_py.dtype))  # delta, or 1 - delta
         weight = self.weight_of(logits)
         return pixels, pixels if weight is None else pixels * weight[y]
 
