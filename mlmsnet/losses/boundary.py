@@ -211,7 +211,15 @@ class BoundaryDoU(RegionLoss):
         claimed = both > 0  # no pixel, no claim: nothing wrong
         return torch.where(claimed, (both - 2 * sums.tp) / torch.where(claimed, both - (1 + alpha) * sums.tp, 1), 0)
 
-# %% ../../nbs/losses/boundary.ipynb #ffad3d15
+# %% ../../nbs/losses/boundary.ipynb #162d57a2
+def _right(x, k):
+    return x[:, :, :-k], x[:, :, k:]
+
+
+def _down(x, k):
+    return x[:, :-k], x[:, k:]
+
+# %% ../../nbs/losses/boundary.ipynb #ea2588ce
 class _Agreement(torch.autograd.Function):
     "Σ_c p_c p'_c for pixels `k` to the right and `k` below, N H W-k and N H-k W; one class at a time, the softmax is not kept"
     @staticmethod
@@ -245,14 +253,6 @@ class _Agreement(torch.autograd.Function):
             for c in range(logits.shape[1]):  # softmax backwards: p (u - Σ p u)
                 grad[:, c].addcmul_(prob(c), mean, value=-1)
         return grad.masked_fill_(~valid.unsqueeze(1), 0), None, None
-
-
-def _right(x, k):
-    return x[:, :, :-k], x[:, :, k:]
-
-
-def _down(x, k):
-    return x[:, :-k], x[:, k:]
 
 # %% ../../nbs/losses/boundary.ipynb #b95ea8f6
 @register_loss("edge_bce", family="boundary", formula=r"w\operatorname*{mean}_{y\ne y'}\big[-\ln(1-s)\big]+(1-w)\operatorname*{mean}_{y=y'}\big[-\ln s\big],\quad s=\sum_c p_c\,p'_c",

@@ -127,7 +127,17 @@ class MapCache:
 
 MAP_CACHE = MapCache()
 
-# %% ../../nbs/losses/distance.ipynb #831cdf4e
+# %% ../../nbs/losses/distance.ipynb #f1ac7f13
+_MEND = "make them with prepare_maps from the same target"
+
+
+def _as_bytes(y, valid):
+    "Labels as one CPU array per image, uint8 if they fit, and the number that stands for void"
+    wide = y.dtype != torch.uint8 and y.numel() > 0 and int(y.masked_fill(~valid, 0).max()) > 254
+    void = -1 if wide else 255
+    return y.masked_fill(~valid, void).to(torch.int32 if wide else torch.uint8).cpu().contiguous().numpy(), void
+
+# %% ../../nbs/losses/distance.ipynb #24d3784d
 class TargetMaps:
     "Distance maps of a batch of labels: made when asked for, kept in `MAP_CACHE`, or taken from `ready` (see `prepare_maps`)"
     def __init__(
@@ -137,22 +147,18 @@ class TargetMaps:
         ready: dict | None = None,  # class -> N H W signed distances
     ):
         self.y, self.valid, self.ready = y, valid, ready
-        self.labels = None
         if ready is None:
-            wide = y.dtype != torch.uint8 and y.numel() > 0 and int(y.masked_fill(~valid, 0).max()) > 254
-            self.void = -1 if wide else 255
-            self.labels = y.masked_fill(~valid, self.void).to(torch.int32 if wide else torch.uint8).cpu().contiguous().numpy()
+            self.labels, self.void = _as_bytes(y, valid)
             self.keys = [(hashlib.sha1(a).digest(), a.shape, a.dtype.char) for a in self.labels]
         for c, m in (ready or {}).items():
             if m.shape != y.shape:
-                raise DataError(f"the ready map of class {c} has shape {tuple(m.shape)}, the target {tuple(y.shape)}; "
-                                "make them with prepare_maps from the same target")
+                raise DataError(f"the ready map of class {c} has shape {tuple(m.shape)}, the target {tuple(y.shape)}; {_MEND}")
 
     def require(self, classes):
         "Stop if `ready` lacks one of these classes, which are in the target"
         missing = [c for c in classes if self.ready is not None and c not in self.ready]
         if missing:
-            raise DataError(f"the ready maps lack class {missing[0]}, which is in the target; make them with prepare_maps from the same target")
+            raise DataError(f"the ready maps lack class {missing[0]}, which is in the target; {_MEND}")
 
     def signed(self, c: int) -> torch.Tensor:
         "Signed distances of class `c`, N H W float32; zeros in images that do not have it"
