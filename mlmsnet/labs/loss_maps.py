@@ -7,7 +7,7 @@ __all__ = ['LEAD', 'PAIRS', 'BASE', 'Scene', 'minicity_scene', 'toy_scene', 'cam
            'spoil', 'LossView', 'class_shares', 'look', 'draw_views', 'words', 'see', 'draw_maps', 'pairs', 'faults',
            'LossMaps', 'pull_table']
 
-# %% ../../nbs/labs/loss_maps.ipynb #aa4f0675
+# %% ../../nbs/labs/loss_maps.ipynb #10bd661a
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 import cv2
 import numpy as np
 import torch
+from fastcore.basics import patch
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
@@ -194,7 +195,7 @@ def _mislabel(y, share, num_classes, seed):
     out.ravel()[chosen] = classes[(place + step.ravel()[chosen]) % len(classes)]
     return out
 
-# %% ../../nbs/labs/loss_maps.ipynb #d4acb1b2
+# %% ../../nbs/labs/loss_maps.ipynb #e32e102a
 def _faulty(y, table, s):
     "The class map that a network with these faults would predict; the shift comes later"
     y = _cover(y, y == 255)
@@ -213,7 +214,7 @@ def _exchange(z, new):
     np.put_along_axis(z, new[None], a, 0)
     return z
 
-
+# %% ../../nbs/labs/loss_maps.ipynb #50979b70
 def spoil(
     mask,  # H W class numbers, 255 void
     table: LabelTable,
@@ -371,10 +372,12 @@ class _Sheet:
         self.ax.set(xlim=(0, w), ylim=(h, 0))
         return self.fig
 
-# %% ../../nbs/labs/loss_maps.ipynb #2372d7fe
+# %% ../../nbs/labs/loss_maps.ipynb #2b579d4f
 def _bars(sheet, row, shares, pixels, classes, others, table, limit):
     "Share of the pull per class, a diamond for its share of the pixels"
     x, y = sheet.at(row, 2)
+    if len(classes) == 0:  # all void
+        return
     names, x0, x1 = [*(table.names[c][:14] for c in classes), *others], x + 92, x + sheet.column - sheet.gap - 34
     values, sizes = (np.array([*v[classes], max(0, v.sum() - v[classes].sum())])[:len(names)] for v in (shares, pixels))
     rows = y + (np.arange(len(names)) + .5) * sheet.h / len(names)
@@ -402,12 +405,12 @@ def _middle(sheet, row, view, valid, reference):
         kept = f"{view.kept[valid].mean():.0%} kept"
     sheet.panel(row, 1, rgb, "loss of each pixel", kept)
 
-# %% ../../nbs/labs/loss_maps.ipynb #51eabce8
+# %% ../../nbs/labs/loss_maps.ipynb #0e151873
 def _row(sheet, row, view, valid, wrong, reference, bars):
     "One loss: pull, pixel loss, classes"
     x, y = sheet.at(row, 0)
     if view.error:
-        sheet.panel(row, 0, np.full((1, 1, 3), 240, np.uint8), view.name, fontweight="bold")
+        sheet.panel(row, 0, np.full((*valid.shape, 3), 240, np.uint8), view.name, fontweight="bold")
         return sheet.write(x + 8, y + sheet.h / 2, "\n".join(textwrap.wrap(view.error, sheet.column // 6)[:8]), 8.5, color="#7a0019")
     sheet.panel(row, 0, _heat(view.pull, valid), view.name, f"loss {view.value:.3g}", fontweight="bold")
     _middle(sheet, row, view, valid, reference)
@@ -430,7 +433,7 @@ def _legend(sheet, compared, dropped):
         sheet.ax.plot(x, at, marker, ms=7 if marker == "s" else 4.5, mfc=colour, mec="black" if marker == "D" else colour, mew=.9)
         sheet.write(x + 10, at, text, 8)
 
-# %% ../../nbs/labs/loss_maps.ipynb #76a0e9a1
+# %% ../../nbs/labs/loss_maps.ipynb #9f34c87c
 def _which_bars(views, pixels, most):
     "The classes that pull most in any of the losses, largest first; a name for the rest; and how long the longest bar is"
     top = np.max([v.shares for v in views], axis=0) if views else pixels
@@ -440,7 +443,7 @@ def _which_bars(views, pixels, most):
     rest = max([1 - v.shares[classes].sum() for v in views if v.shares.any()], default=0)
     return classes, ["all others"] * (seen > len(classes)), 1.05 * max(top.max(initial=0), pixels.max(initial=0), rest, .05)
 
-
+# %% ../../nbs/labs/loss_maps.ipynb #8b98d898
 def draw_views(
     scene: Scene,
     logits: torch.Tensor,  # 1 C H W
@@ -512,76 +515,29 @@ def faults(table: LabelTable) -> dict[str, tuple[Spoil, ...]]:
             "classes swapped": tuple(replace(BASE, swap=pairs(table)[0], swap_share=k) for k in (.25, .5, 1.0)),
             "wrong labels": tuple(replace(BASE, label_noise=k) for k in (.01, .03, .1))}
 
-# %% ../../nbs/labs/loss_maps.ipynb #3ea067e2
-def _present(scene):
+# %% ../../nbs/labs/loss_maps.ipynb #256b437c
+def _missable(scene):
     "Small classes of a scene, which a prediction might miss"
     share = class_shares(scene.mask != 255, scene.mask, scene.table.num_classes)
-    return [n for n, k in zip(scene.table.names, share) if k > 0 and (n in scene.table.thin or k < .03)]
+    return [(n, n) for n, k in zip(scene.table.names, share) if k > 0 and (n in scene.table.thin or k < .03)]
 
 
 def _swaps(scene):
-    return [("nothing", ""), *((" ↔ ".join(p), " ↔ ".join(p)) for p in pairs(scene.table))]
+    return [("nothing", ""), *((" ↔ ".join(p),) * 2 for p in pairs(scene.table))]
 
 
-class LossMaps(Explorer):
-    "Spoil a prediction, and see at which pixels and classes several losses pull"
-    most_losses = 4
-
-    def __init__(
-        self,
-        losses=("cross_entropy", "ohem", "dice"),  # Names; or title -> loss, to bring losses with other parameters
-        scenes=None,  # Name -> Scene, `(image, mask[, table])` or a function that makes one; or one of these; None: `stock_scenes()`
-    ):
-        self.losses = {n: n for n in available_losses()} | (dict(losses) if isinstance(losses, Mapping) else {})
-        scenes = stock_scenes() if scenes is None else scenes if isinstance(scenes, Mapping) else {"your scene": scenes}
-        self._scenes, self._alts, self._page = dict(scenes), {}, ""
-        self.first = tuple(losses)
-        first = self.scene(next(iter(scenes)))
-        super().__init__(
-            self._draw, choice("scene", list(scenes)), choice("losses", list(self.losses), value=self.first, several=True, label="losses (1 to 4)"),
-            slider("confidence", np.arange(0, 2.05, .1).round(2).tolist(), 1.0, label="confidence: logits ×"), slider("shift", range(-12, 13), 0, label="moved right", unit=" px"), slider("grow", range(-3, 4), 0, label="rare things grow", unit=" px"),
-            choice("drop", _present(first), several=True, label="missing"), choice("swap", _swaps(first), label="swapped"),
-            slider("swap_share", [0.1, 0.25, 0.5, 0.75, 1.0], 1.0, label="share of their regions"),
-            slider("label_noise", [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3], 0, label="wrong labels"),
-            slider("blur", range(6), BASE.blur, label="unsure at edges", unit=" px"), slider("rough", [0, 0.1, 0.3, 0.5, 1.0], BASE.rough, label="rough logits"),
-            title="Which pixels pull?", alt=lambda **params: self._alts[_key(params)])
-        self.widgets["scene"].observe(self._offer, "value")
-
-    def scene(self, name: str) -> Scene:
-        "A scene by its name; made when it is first asked for"
-        if not isinstance(self._scenes[name], Scene):
-            self._scenes[name] = as_scene(self._scenes[name])
-        return self._scenes[name]
-
-    def _offer(self, _):
-        "Another scene has other classes to miss and to swap"
-        scene = self.scene(self.widgets["scene"].value)
-        for name, options in (("drop", [(n, n) for n in _present(scene)]), ("swap", _swaps(scene))):
-            if list(self.widgets[name].options) != options:
-                self.widgets[name].options = options
-
-    def _draw(self, scene, losses, **faults):
-        if not 1 <= len(losses) <= self.most_losses:
-            raise ConfigError(f"choose 1 to {self.most_losses} losses, not {len(losses)}")
-        at, scene = _key({"scene": scene, "losses": losses, **faults}), self.scene(scene)
-        faults["swap"] = tuple(faults["swap"].split(" ↔ ")) if faults["swap"] else ()
-        return self._picture(at, scene, Spoil(**faults).known(scene.table), losses)
-
-    def _picture(self, at, scene, s, losses):
-        seen = see(scene, s, {n: self.losses[n] for n in losses})
-        self._alts[at] = _alt(seen[-1], s, scene.table)
-        return draw_views(scene, *seen, words(s))
-
-    def static_html(self) -> str:
-        "One choice, the fault, and one slider, its strength, for the first scene and the first losses"
-        if not self._page:
-            scene = self.scene(next(iter(self._scenes)))
-            known = faults(scene.table)
-            def draw(fault, strength): return self._picture((fault, strength), scene, known[fault][strength - 1], self.first)
-            controls = (choice("fault", list(known), "shifted", list(known)), slider("strength", [1, 2, 3], 2, [1, 2, 3]))
-            self._page = frames_page(draw, controls, self.title, lambda p: self._alts[p["fault"], p["strength"]],
-                                     "In the notebook: a slider for each fault, other scenes, and all losses.", self.page_dpi, photo=50)
-        return self._page
+def _fault_controls(scene):
+    "A control for each field of `Spoil` but the seed"
+    return (
+        slider("confidence", np.arange(0, 2.05, .1).round(2).tolist(), 1.0, label="confidence: logits ×"),
+        slider("shift", range(-12, 13), 0, label="moved right", unit=" px"),
+        slider("grow", range(-3, 4), 0, label="rare things grow", unit=" px"),
+        choice("drop", _missable(scene), several=True, label="missing"),
+        choice("swap", _swaps(scene), label="swapped"),
+        slider("swap_share", [.1, .25, .5, .75, 1.0], 1.0, label="share of their regions"),
+        slider("label_noise", [0, .01, .03, .05, .1, .2, .3], 0, label="wrong labels"),
+        slider("blur", range(6), BASE.blur, label="unsure at edges", unit=" px"),
+        slider("rough", [0, .1, .3, .5, 1.0], BASE.rough, label="rough logits"))
 
 
 def _key(params):
@@ -593,6 +549,73 @@ def _alt(views, s, table):
     said = ", ".join(x for x in words(s) if x) or "no fault"
     def most(v): return " and ".join(f"{table.names[c]} {v.shares[c]:.0%}" for c in np.argsort(-v.shares, kind="stable")[:2])
     return f"Gradient maps for: {said}. " + " ".join(f"{v.name}: failed." if v.error else f"{v.name}: loss {v.value:.3g}, most of the pull at {most(v)}." for v in views)
+
+# %% ../../nbs/labs/loss_maps.ipynb #d0b92e81
+class LossMaps(Explorer):
+    "Spoil a prediction, and see at which pixels and classes several losses pull"
+    most_losses = 4
+
+    def __init__(
+        self,
+        losses=("cross_entropy", "ohem", "dice"),  # Names; or title -> loss or name, to bring losses with other parameters
+        scenes=None,  # Name -> Scene, `(image, mask[, table])` or a function that makes one; or one of these; None: `stock_scenes()`
+    ):
+        own = dict(losses) if isinstance(losses, Mapping) else {}
+        self.losses, self.first = {**own, **{n: n for n in available_losses() if n not in own}}, tuple(losses)
+        self._scenes = dict(stock_scenes() if scenes is None else scenes if isinstance(scenes, Mapping) else {"your scene": scenes})
+        self._alts, self._page = {}, ""
+        controls = choice("scene", list(self._scenes)), choice("losses", list(self.losses), self.first, several=True, label="losses (1 to 4)")
+        super().__init__(self._draw, *controls, *_fault_controls(self.scene(next(iter(self._scenes)))), title="Which pixels pull?",
+                         alt=lambda **params: self._alts[_key(params)])
+        self.widgets["scene"].observe(self._offer, "value")
+
+    def scene(self, name: str) -> Scene:
+        "A scene by its name; made when it is first asked for"
+        if not isinstance(self._scenes[name], Scene):
+            self._scenes[name] = as_scene(self._scenes[name])
+        return self._scenes[name].small()
+
+    def static_html(self) -> str:
+        "One choice, the fault, and one slider, its strength, for the first scene and the first losses"
+        self._page = self._page or _maps_page(self.scene(next(iter(self._scenes))), self._picture, self.first, self.title, self.page_dpi)
+        return self._page
+
+# %% ../../nbs/labs/loss_maps.ipynb #cdc7f153
+@patch
+def _offer(self: LossMaps, _):
+    "Another scene has other classes to miss and to swap"
+    scene = self.scene(self.widgets["scene"].value)
+    for name, options in (("drop", _missable(scene)), ("swap", _swaps(scene))):
+        if list(self.widgets[name].options) != options:
+            self.widgets[name].options = options
+
+
+@patch
+def _draw(self: LossMaps, scene, losses, **faults):
+    if not 1 <= len(losses) <= self.most_losses:
+        raise ConfigError(f"choose 1 to {self.most_losses} losses, not {len(losses)}")
+    at, scene = _key({"scene": scene, "losses": losses, **faults}), self.scene(scene)
+    faults["swap"] = tuple(faults["swap"].split(" ↔ ")) if faults["swap"] else ()
+    fig, self._alts[at] = self._picture(scene, Spoil(**faults).known(scene.table), losses)
+    return fig
+
+
+@patch
+def _picture(self: LossMaps, scene, s, losses):
+    "The figure, and what it shows in words"
+    seen = see(scene, s, {n: self.losses[n] for n in losses})
+    return draw_views(scene, *seen, words(s)), _alt(seen[-1], s, scene.table)
+
+
+def _maps_page(scene, picture_of, losses, title, dpi):
+    known, alts = faults(scene.table), {}
+
+    def draw(fault, strength):
+        fig, alts[fault, strength] = picture_of(scene, known[fault][strength - 1], losses)
+        return fig
+    controls = choice("fault", list(known), "shifted", list(known)), slider("strength", [1, 2, 3], 2, [1, 2, 3])
+    return frames_page(draw, controls, title, lambda p: alts[p["fault"], p["strength"]],
+                       "In the notebook: a slider for each fault, other scenes, and all losses.", dpi, photo=50)
 
 # %% ../../nbs/labs/loss_maps.ipynb #c99debba
 def pull_table(
