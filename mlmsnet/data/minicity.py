@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEATHER', 'RARE', 'LAYOUTS', 'MINICITY_VERSION', 'CITIES', 'CITYSCAPES_SHARES', 'MiniCityConfig', 'Scene',
-           'draw_light', 'Plan', 'paint_bin', 'plan_street', 'draw_scene', 'scene_name', 'write_minicity',
-           'class_shares']
+           'draw_light', 'Plan', 'paint_bin', 'plan_street', 'draw_scene', 'scene_name', 'split_scene',
+           'write_minicity', 'class_shares']
 
 # %% ../../nbs/data/minicity.ipynb #6c3729af
 import json
@@ -647,11 +647,21 @@ def _put(path: Path, data: bytes):
 def _png(array: np.ndarray) -> bytes:
     return cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
-# %% ../../nbs/data/minicity.ipynb #4e1add4b
+# %% ../../nbs/data/minicity.ipynb #76b9b4b1
+def split_scene(
+    split: str,  # train, val or test
+    i: int,  # Which scene of the split
+    cfg: MiniCityConfig = MiniCityConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,  # The town
+) -> Scene:
+    "The scene that `write_minicity` writes as the i-th of a split (`scene_name(split, i)` is its name)"
+    return draw_scene(seed * 1_000_003 + _SPLIT_SEED[split] + i, cfg)
+
+
 def _write_scene(job):
     "Draw one scene and write its files; the image last, so that a scene with an image is complete"
     root, split, i, cfg, seed, instances = job
-    scene = draw_scene(seed * 1_000_003 + _SPLIT_SEED[split] + i, cfg)
+    scene = split_scene(split, i, cfg, seed)
     paths = _paths(root, split, i, instances)
     _put(paths["polygons"], json.dumps(scene.polygons, separators=(",", ":")).encode())
     _put(paths["ids"], _png(scene.label_ids))

@@ -277,10 +277,10 @@ def _style(ax, **names):
 def _upto(laps, step):
     return [lap for lap in laps if step is None or lap.step <= step] or laps[:1]
 
-# %% ../../nbs/labs/loss_race.ipynb #71da096f
+# %% ../../nbs/labs/loss_race.ipynb #91a6815e
 def _limits(results, key):
-    "Where the curves are after their first two laps, so that small differences can be seen; 0..1 until then"
-    late = [getattr(p, key) for laps in results.values() for p in laps[2:]]
+    "Where the curves are after their first laps, so that small differences can be seen; 0..1 until then"
+    late = [getattr(p, key) for laps in results.values() for p in laps[4:]]
     if not late:
         return 0, 1
     return math.floor(min(late) * 20 - 0.3) / 20, math.ceil(max(late) * 20 + 0.3) / 20
@@ -310,7 +310,7 @@ def _class_dots(ax, results, step):
     ax.grid(False, axis="x")
     ax.set_xticks(range(len(names)), names, fontsize=8.5)
 
-# %% ../../nbs/labs/loss_race.ipynb #ef5e806b
+# %% ../../nbs/labs/loss_race.ipynb #e895f5e0
 def _pictures(fig, grid, results, track, step, scene):
     image, truth = track.scene("val", scene)
     maps = [("scene", image, None), ("truth", colorize(truth, CATEGORIES), None)]
@@ -328,7 +328,7 @@ def _pictures(fig, grid, results, track, step, scene):
             ax.plot(0.06, 0.88, transform=ax.transAxes, color=look[0], marker=look[1], ms=8, mec="white", mew=1)
 
 
-def _places(fig, blocks, left=0.48, right=0.08):
+def _places(fig, blocks, left=0.58, right=0.08):
     "One grid per block (space above it, height; inches from the top of the figure down); sets the figure's height"
     width, high = fig.get_figwidth(), sum(map(sum, blocks)) + 0.06
     fig.set_figheight(high)
@@ -677,21 +677,21 @@ def race_alt(
     scores = ", ".join(f"{label} {_upto(laps, step)[-1].miou:.3f}" for label, laps in results.items() if laps)
     return f"mIoU {'at the end' if step is None else f'after {step:g} steps'}: {scores}"
 
-# %% ../../nbs/labs/loss_race.ipynb #407d4331
+# %% ../../nbs/labs/loss_race.ipynb #dff2e82a
 @patch
 def static_html(
     self: LossRace,
-    frames: int = 11,  # Pictures on the page
+    frames: int = 9,  # Pictures on the page
 ) -> str:
     "The race so far as a page without a kernel: one slider, from the first step to the last"
     results, track = self.results, self.runner.track
     if not any(results.values()):
         return '<div class="mlms-explorer"><p>No loss has run yet. In a notebook with a kernel, choose some and press Start.</p></div>'
-    last = max(laps[-1].step for laps in results.values() if laps)
-    steps = sorted({round(s) for s in np.linspace(0, last, frames)})
+    seen = sorted({lap.step for laps in results.values() for lap in laps})
+    steps = [seen[i] for i in sorted({round(i) for i in np.linspace(0, len(seen) - 1, frames)})]
     note = "The training itself needs a kernel: open the notebook to run it, to stop it and to add losses."
-    return frames_page(lambda step: race_figure(results, track, step, self.scene.value), [slider("step", steps, last, frames=steps)],
-                       title="Loss race", alt=lambda p: race_alt(results, **p), note=note, dpi=76)
+    return frames_page(lambda step: race_figure(results, track, step, self.scene.value), [slider("step", steps, steps[-1], frames=steps)],
+                       title="Loss race", alt=lambda p: race_alt(results, **p), note=note, dpi=80, photo=True)
 
 
 @patch
