@@ -421,3 +421,17 @@ def test_on_a_gpu():
         value2, grad2 = value_and_grad(create_loss(name), z.cuda(), y.cuda())
         torch.testing.assert_close(value2.cpu(), value)
         torch.testing.assert_close(grad2.cpu(), grad)
+
+
+def test_the_training_loop_tells_a_loss_its_epoch(tmp_path):
+    """`boundary_dice` shifts its weight from epoch to epoch; without `set_epoch` it would stay at its start for ever"""
+    import _tiny
+
+    from mlmsnet.training.config import parse_config
+    from mlmsnet.training.loop import fit
+    root = _tiny.write_data(tmp_path / "data")
+    params = {"alpha": 0.1, "alpha_step": 0.2, "alpha_max": 0.4}
+    cfg = parse_config(_tiny.settings(root, loss={"name": "boundary_dice", "params": params}, train={"epochs": 3}))
+    seen = []
+    fit(cfg, tmp_path / "run", progress=False, on_epoch=lambda trainer: seen.append(trainer.loss.alpha))
+    assert seen == pytest.approx([0.1, 0.3, 0.4])

@@ -221,13 +221,15 @@ def train_step(self: Trainer, batches) -> dict:
         self.ema.update(self.model, self.step)
     return shown
 
-# %% ../../nbs/training/loop.ipynb #57f65262
+# %% ../../nbs/training/loop.ipynb #a32f5f48
 @patch
 def train_epoch(self: Trainer, bar=None, save=None):
     "The rest of the current epoch"
     cfg, k = self.cfg, self.cfg.train.accumulate
     self.model.train()
     self.loader.set_epoch(self.epoch, start_batch=self.step_in_epoch * k)
+    if hasattr(self.loss, "set_epoch"):  # a loss that changes as training goes on
+        self.loss.set_epoch(self.epoch)
     batches, clock, cpu = [], time.perf_counter(), time.process_time()
     for batch in self.loader:
         batches.append(batch)
