@@ -273,10 +273,10 @@ def record_failure(run, error: BaseException):
     summary = load_json(path) if path.exists() else {}
     save_json({**summary, "status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}, path)
 
-# %% ../../nbs/comparing/compare.ipynb #c5318b83
+# %% ../../nbs/comparing/compare.ipynb #3ae9ba24
 def _run_all(plan, say: Callable, one: Callable, retry: bool):
     "Work through the plan until every run is done or failed, here or in another process"
-    todo, seconds, told = list(enumerate(plan, 1)), [], set()
+    todo, told, begin, before = list(enumerate(plan, 1)), set(), time.perf_counter(), _finished(plan)
     fresh = {r.path for r in plan if retry and r.failure()}  # failures of an earlier day, to be tried again once
     while todo:
         busy = []
@@ -284,11 +284,10 @@ def _run_all(plan, say: Callable, one: Callable, retry: bool):
             with claim(run.path.parent / f".{run.path.name}.claim") as mine:
                 state = "busy" if not mine else _state(run, fresh)
                 if mine and state == "open":
-                    left = len(todo) - 1 if not seconds else statistics.mean(seconds) * sum(not r.done() and not r.failure() for r in plan) / 60
-                    say(f"[{i}/{len(plan)}] {run.name}" + (f" (about {left:.0f} min to go)" if seconds else ""))
-                    start = time.perf_counter()
+                    since = _finished(plan) - before  # by all processes
+                    left = (time.perf_counter() - begin) / since * (len(plan) - since - before) / 60 if since > 0 else None
+                    say(f"[{i}/{len(plan)}] {run.name}" + (f" (about {left:.0f} min to go)" if left is not None else ""))
                     state = one(run)
-                    seconds.append(time.perf_counter() - start)
                     fresh.discard(run.path)
                     told.add(run.path)
             if state == "busy":
@@ -298,6 +297,10 @@ def _run_all(plan, say: Callable, one: Callable, retry: bool):
         if busy and len(busy) == len(todo):
             time.sleep(0.5)
         todo = busy
+
+
+def _finished(plan):
+    return sum(r.done() or bool(r.failure()) for r in plan)
 
 
 def _state(run, fresh):

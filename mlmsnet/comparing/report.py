@@ -111,13 +111,16 @@ def group_seeds(
         groups = [Group(label, members) for label, members in found.items()]
     return sorted(groups, key=lambda g: -(mean_sd(g.values("miou"))["mean"] or -1))
 
-# %% ../../nbs/comparing/report.ipynb #c14ec99f
+# %% ../../nbs/comparing/report.ipynb #9b519b27
 def curves_figure(entries: list[Entry]) -> Figure:
     "Training loss and validation mIoU over epochs; means where runs differ in their seed alone"
     groups = group_seeds(entries)
     with rc_context(viz.STYLE):
-        fig = viz.figure(8, max(2.8, 0.17 * len(groups) + 1))
-        for ax, key, name in zip(fig.subplots(1, 2), ("loss", "miou"), ("training loss", "validation mIoU")):
+        panels = {"loss": "training loss", "miou": "validation mIoU"}
+        if all(len(g.curve("miou")[0]) < 2 for g in groups):  # validated once, at the end: no curve
+            panels.pop("miou")
+        fig = viz.figure(4 * len(panels) + 2 * (len(panels) == 1), max(2.8, 0.17 * len(groups) + 1))
+        for ax, (key, name) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             for i, g in enumerate(groups):
                 n = len(viz.OKABE_ITO)
                 x, y = g.curve(key)
@@ -194,14 +197,14 @@ def _png(picture):
     ok, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9])
     return "data:image/png;base64," + base64.b64encode(data.tobytes()).decode()
 
-# %% ../../nbs/comparing/report.ipynb #eac5ca29
+# %% ../../nbs/comparing/report.ipynb #e6430898
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1d2330, #e6e9f0); --quiet: light-dark(#5b6475, #9aa4b5); --rule: light-dark(#dde2ea, #39404d);
   --paper: light-dark(#fff, #16191f); --mark: light-dark(#eef4ff, #1e2a3f) }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } p.note { color: var(--quiet); margin: .2rem 0 .8rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--rule) } th:first-child, td:first-child { text-align: left }
+th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--rule) } th:first-child, td:first-child { text-align: left } td { white-space: nowrap }
 tr.best { background: var(--mark); font-weight: 600 } .figure { background: #fff; border-radius: 4px } .figure svg { max-width: 100%; height: auto; display: block }
 .pictures { display: grid; gap: 6px } .pictures img { width: 100%; display: block; border-radius: 3px } .pictures div { font-size: .8rem; color: var(--quiet) }
 .many { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); margin-bottom: 1.2rem } .legend span { display: inline-block; margin: 0 .8rem .2rem 0; font-size: .8rem } .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; vertical-align: -1px }
