@@ -6,13 +6,15 @@
 __all__ = ['CATEGORIES', 'TrackConfig', 'Track', 'race_track', 'TinyNet', 'Entrant', 'Lap', 'race', 'race_figure', 'save_race',
            'load_race', 'Runner', 'LossRace', 'race_alt']
 
-# %% ../../nbs/labs/loss_race.ipynb #d3c1032b
+# %% ../../nbs/labs/loss_race.ipynb #76597eca
+import atexit
 import html
 import io
 import json
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -310,7 +312,7 @@ def _class_dots(ax, results, step):
     ax.grid(False, axis="x")
     ax.set_xticks(range(len(names)), names, fontsize=8.5)
 
-# %% ../../nbs/labs/loss_race.ipynb #e895f5e0
+# %% ../../nbs/labs/loss_race.ipynb #10141e6c
 def _pictures(fig, grid, results, track, step, scene):
     image, truth = track.scene("val", scene)
     maps = [("scene", image, None), ("truth", colorize(truth, CATEGORIES), None)]
@@ -352,7 +354,7 @@ def race_figure(
     fig.set_layout_engine("none")
     curves, classes, pictures = _places(fig, [(0.15 + 0.21 * legend, 1.9), (0.62, 1.15), (0.5, 1.1 * rows)])
     steps = max((v[-1].step for v in results.values()), default=1) or 1
-    axes = curves.subgridspec(1, 2, wspace=0.2).subplots()
+    axes = curves.subgridspec(1, 2, wspace=0.26).subplots()
     for ax, key in zip(axes, ("miou", "acc")):
         _curves(ax, results, key, step, steps)
     _class_dots(fig.add_subplot(classes), results, step)
@@ -399,7 +401,18 @@ def load_race(path) -> tuple[dict, Track]:
         raise DataError(f"{path}: run on scenes of MiniCity {about['minicity']}, this is {MINICITY_VERSION}; run it again and save it")
     return results, track
 
-# %% ../../nbs/labs/loss_race.ipynb #b72668e2
+# %% ../../nbs/labs/loss_race.ipynb #f90265d1
+_RUNNERS = weakref.WeakSet()
+
+
+@atexit.register
+def _end():
+    "A kernel that shuts down waits for the step that is running; torch does not like to be cut off"
+    for runner in list(_RUNNERS):
+        runner.stop()
+        runner.join(10)
+
+
 class Runner:
     "Runs entrants one after the other in a thread, and keeps their laps and errors"
 
@@ -412,6 +425,7 @@ class Runner:
         self.track, self.laps, self.notice = track, laps, notice
         self.results, self.errors, self.current, self.queue = {}, {}, None, deque()
         self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
+        _RUNNERS.add(self)
 
     @property
     def running(self) -> bool:
@@ -606,7 +620,7 @@ def clear(self: LossRace):
     self.redraw()
     return self
 
-# %% ../../nbs/labs/loss_race.ipynb #a56f05ec
+# %% ../../nbs/labs/loss_race.ipynb #28b4ef85
 @patch
 def _press(self: LossRace, act):
     try:
@@ -627,12 +641,14 @@ def _status(self: LossRace):
     if now:
         at = f"step {laps[-1].step} of {now.steps}, mIoU {laps[-1].miou:.3f}" if laps else "the scenes are drawn"
         lines.append(html.escape(f"{now.label}: {at}" + (f"; {len(r.queue)} more to come" if r.queue else "")))
+    elif r.running:
+        lines.append("Starting.")
     elif r.results or r.errors:
         lines.append("Nothing runs. Start adds further losses to the plot.")
     else:
         lines.append("Choose losses and press Start.")
     self.progress.value = laps[-1].step / now.steps if laps else float(bool(r.results) and not now)
-    self.stop_button.disabled = now is None
+    self.stop_button.disabled = not r.running
     self.message.value = "<br>".join(lines)
 
 
@@ -677,7 +693,7 @@ def race_alt(
     scores = ", ".join(f"{label} {_upto(laps, step)[-1].miou:.3f}" for label, laps in results.items() if laps)
     return f"mIoU {'at the end' if step is None else f'after {step:g} steps'}: {scores}"
 
-# %% ../../nbs/labs/loss_race.ipynb #dff2e82a
+# %% ../../nbs/labs/loss_race.ipynb #55b2d63c
 @patch
 def static_html(
     self: LossRace,
@@ -691,7 +707,7 @@ def static_html(
     steps = [seen[i] for i in sorted({round(i) for i in np.linspace(0, len(seen) - 1, frames)})]
     note = "The training itself needs a kernel: open the notebook to run it, to stop it and to add losses."
     return frames_page(lambda step: race_figure(results, track, step, self.scene.value), [slider("step", steps, steps[-1], frames=steps)],
-                       title="Loss race", alt=lambda p: race_alt(results, **p), note=note, dpi=80, photo=True)
+                       title="Loss race", alt=lambda p: race_alt(results, **p), note=note, dpi=90, photo=True)
 
 
 @patch

@@ -148,7 +148,7 @@ def leaderboard_html(
             f'{line(heads, "th")}{"".join(line(row, "td") for row in rows)}</table><p style="font-size:.85em;opacity:.85">'
             f'Per cent, mean ± standard deviation over seeds. Rare: below {100 * RARE_SHARE:g} % of the pixels.{gone}</p></div>')
 
-# %% ../../nbs/labs/loss_results.ipynb #e9084120
+# %% ../../nbs/labs/loss_results.ipynb #d9e19444
 def heat_values(
     results: Results,
     metric: str = "iou",  # A key of `METRICS`
@@ -170,7 +170,7 @@ def heat_figure(results: Results, metric: str = "iou", base: str | None = None) 
         fig = figure(7.4, 0.27 * len(values) + 1.45)
         ax = fig.subplots()
         ax.imshow(values, cmap="PuOr_r" if base else "cividis", vmin=-limit if base else 0, vmax=limit, aspect="auto")
-        small = max(5.5, min(8, 130 / len(names)))
+        small = max(6, min(8.5, 150 / len(names)))
         for (i, j), v in np.ndenumerate(values):
             dark = abs(v) > 0.6 * limit if base else v < 55
             text = "–" if np.isnan(v) else f"{v:+.0f}".replace("-", "−") if base else f"{v:.0f}"
@@ -341,7 +341,7 @@ def _states(states):
     rgb[states == 255] = 255
     return rgb
 
-# %% ../../nbs/labs/loss_results.ipynb #eeff3d66
+# %% ../../nbs/labs/loss_results.ipynb #4e8dd55e
 class LossResults(W.VBox):
     "A finished comparison: leaderboard, heat map, one class, one image"
 
@@ -374,7 +374,8 @@ class LossResults(W.VBox):
             self.pictures_of = Pictures(self.results, self.path / group, self.data_root)
             self.pictures, self.missing = pictures_lab(self.pictures_of, losses, base), ""
         except MlmsError as e:
-            self.pictures_of, self.pictures, self.missing = None, None, f'<p style="max-width:60em">{html.escape(str(e))}</p>'
+            why = re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(str(e)))
+            self.pictures_of, self.pictures, self.missing = None, None, f'<div class="mlms-explorer">{why}</div>'
         select = [self.select] if len(self.groups) > 1 else []
         self.children = [*select, W.HTML(self.leaderboard), self.heat, self.one_class, self.pictures or W.HTML(self.missing)]
         return self
@@ -389,7 +390,7 @@ class LossResults(W.VBox):
         data, meta = live if isinstance(live, tuple) else (live, {})
         return {**data, "text/html": self.static_html()}, meta
 
-# %% ../../nbs/labs/loss_results.ipynb #ced8941d
+# %% ../../nbs/labs/loss_results.ipynb #0e945ba2
 def heat_lab(results: Results, base: str) -> Explorer:
     "The heat map with its two controls"
     metrics = [(METRICS[k], k) for k in results.metrics]
@@ -399,7 +400,7 @@ def heat_lab(results: Results, base: str) -> Explorer:
         best = results.losses[int(np.nanargmax(means))]
         return f"{METRICS[metric]} of {len(results.losses)} losses by {len(results.classes)} classes; the highest mean is {100 * np.nanmax(means):.1f} per cent, of {best}"
     return Explorer(lambda metric, against: heat_figure(results, metric, against), choice("metric", metrics, frames=results.metrics),
-                    choice("against", against, value=None, frames=(None, base), label="difference to"), title="Which classes decided?", alt=alt)
+                    choice("against", against, value=None, frames=(None, base), label="difference to"), title="Which classes decided?", alt=alt, page_dpi=94)
 
 
 def class_lab(results: Results) -> Explorer:
@@ -411,7 +412,7 @@ def class_lab(results: Results) -> Explorer:
         return f"{METRICS[metric]} of {results.classes[cls]}, best first: " + ", ".join(f"{loss} {100 * results.mean(metric, loss)[cls]:.1f}" for loss in order)
     shown = range(len(classes)) if len(classes) <= 19 else sorted({rarest, *range(19)})
     return Explorer(lambda cls, metric: class_figure(results, cls, metric), choice("cls", classes, value=rarest, frames=shown, label="class"),
-                    choice("metric", metrics), title="How sure is it?", alt=alt)
+                    choice("metric", metrics), title="How sure is it?", alt=alt, page_dpi=94)
 
 
 def pictures_lab(pictures: Pictures, losses, base: str) -> Explorer:
@@ -429,4 +430,4 @@ def pictures_lab(pictures: Pictures, losses, base: str) -> Explorer:
         return f"{name}, {what}, against {base}: " + "; ".join(f"{o} gains {(m == 2).sum()} pixels and loses {(m == 3).sum()}" for o, m in maps.items())
     return Explorer(lambda **kw: pictures_figure(pictures, **kw), choice("name", names, value=shown[0], frames=shown, label="image"),
                     choice("cls", classes, value=None, label="class"), choice("base", with_files, value=base, label="against"),
-                    choice("others", with_files, value=best, several=True, label="losses (up to 3)"), title="Which pixels?", alt=alt, photo=True)
+                    choice("others", with_files, value=best, several=True, label="losses (up to 3)"), title="Which pixels?", alt=alt, page_dpi=94, photo=True)
