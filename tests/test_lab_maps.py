@@ -184,7 +184,8 @@ def test_scenes_that_do_not_fit():
         Scene(image, mask + 7, STREET)
     with pytest.raises(DataError, match="logits"):
         Scene(image, mask, STREET, logits=np.zeros((4, 8, 9)))
-    small = Scene(np.zeros((400, 900, 3), np.uint8), np.zeros((400, 900), np.uint8), STREET, logits=np.zeros((5, 400, 900), np.float32)).small()
+    big = np.zeros((400, 900), np.uint8)
+    small = Scene(np.dstack([big] * 3), big, STREET, logits=np.zeros((5, 400, 900), np.float32)).small()
     assert small.logits.shape[1:] == small.mask.shape == small.image.shape[:2] and abs(small.mask.size / (128 * 256) - 1) < 0.02
 
 

@@ -327,7 +327,7 @@ def _ce_pull(logits, target):
     p_y = p.gather(0, target.masked_fill(target == 255, 0))[0]
     return (p.square().sum(0) - 2 * p_y + 1).clamp_min(0).sqrt().numpy()
 
-# %% ../../nbs/labs/loss_maps.ipynb #855a4ee6
+# %% ../../nbs/labs/loss_maps.ipynb #60e7b878
 class _Sheet:
     "One canvas of pixels for all pictures, and one axes above it for words and bars; sizes in pixels, 90 of them an inch"
     foot, head, gap, edge = 46, 24, 9, 5
@@ -357,14 +357,6 @@ class _Sheet:
         if value:
             self.write(x + self.w, y - 9, value, ha="right")
 
-    def scale(self, x, y, name, ticks, label):
-        "A colour bar: a strip of the canvas, a few numbers"
-        width = int(.62 * self.w)
-        self.canvas[y:y + 9, x:x + width] = _colours(name)[np.linspace(0, 255, width).astype(int)]
-        for i, tick in enumerate(ticks):
-            self.write(x + width * i / (len(ticks) - 1), y + 17, tick, 8, ha="left" if i == 0 else "right" if i == len(ticks) - 1 else "center")
-        self.write(x, y - 8, label, 8)
-
     def done(self) -> Figure:
         h, w = self.canvas.shape[:2]
         opaque = np.full((h, w, 1), 255, np.uint8)  # matplotlib is quicker with four channels
@@ -372,7 +364,7 @@ class _Sheet:
         self.ax.set(xlim=(0, w), ylim=(h, 0))
         return self.fig
 
-# %% ../../nbs/labs/loss_maps.ipynb #2b579d4f
+# %% ../../nbs/labs/loss_maps.ipynb #ec42a927
 def _bars(sheet, row, shares, pixels, classes, others, table, limit):
     "Share of the pull per class, a diamond for its share of the pixels"
     x, y = sheet.at(row, 2)
@@ -390,7 +382,7 @@ def _bars(sheet, row, shares, pixels, classes, others, table, limit):
         sheet.write(x0 - 16, at, name, 8, ha="right")
         sheet.write(x1 + 32, at, f"{value:.0%}", 8, ha="right")
 
-
+# %% ../../nbs/labs/loss_maps.ipynb #89bed069
 def _drops(view, valid):
     return view.kept is not None and not view.kept[valid].all()
 
@@ -405,7 +397,16 @@ def _middle(sheet, row, view, valid, reference):
         kept = f"{view.kept[valid].mean():.0%} kept"
     sheet.panel(row, 1, rgb, "loss of each pixel", kept)
 
-# %% ../../nbs/labs/loss_maps.ipynb #0e151873
+# %% ../../nbs/labs/loss_maps.ipynb #c23d5d20
+def _scale(sheet, x, y, name, ticks, label):
+    "A colour bar: a strip of the canvas, a few numbers"
+    width = int(.62 * sheet.w)
+    sheet.canvas[y:y + 9, x:x + width] = _colours(name)[np.linspace(0, 255, width).astype(int)]
+    for i, tick in enumerate(ticks):
+        sheet.write(x + width * i / (len(ticks) - 1), y + 17, tick, 8, ha="left" if i == 0 else "right" if i == len(ticks) - 1 else "center")
+    sheet.write(x, y - 8, label, 8)
+
+
 def _row(sheet, row, view, valid, wrong, reference, bars):
     "One loss: pull, pixel loss, classes"
     x, y = sheet.at(row, 0)
@@ -415,17 +416,18 @@ def _row(sheet, row, view, valid, wrong, reference, bars):
     sheet.panel(row, 0, _heat(view.pull, valid), view.name, f"loss {view.value:.3g}", fontweight="bold")
     _middle(sheet, row, view, valid, reference)
     at_wrong = view.pull[wrong].sum() / max(view.pull[valid].sum(), 1e-30)
-    sheet.write(sheet.at(row, 2)[0], y - 9, f"{at_wrong:.0%} of the pull on the {wrong.sum() / max(valid.sum(), 1):.1%} wrong pixels")
+    text = f"{at_wrong:.0%} of the pull on the {wrong.sum() / valid.sum():.1%} wrong pixels" if wrong.any() else "no pixel is wrong"
+    sheet.write(sheet.at(row, 2)[0], y - 9, text)
     _bars(sheet, row, view.shares, *bars)
 
-
+# %% ../../nbs/labs/loss_maps.ipynb #71f056f0
 def _legend(sheet, compared, dropped):
     "What colours and marks mean, in one line at the foot"
     y = len(sheet.canvas) - 28
     a, b, c = (sheet.at(0, k)[0] for k in range(3))
-    sheet.scale(a, y, "magma_r", ("≤ 0.1", "1", "10", "≥ 100"), "pull, or loss of a pixel, ÷ its mean")
+    _scale(sheet, a, y, "magma_r", ("≤ 0.1", "1", "10", "≥ 100"), "pull, or loss of a pixel, ÷ its mean")
     if compared:
-        sheet.scale(b, y, "PuOr_r", ("1/16", "as much", "16 ×"), "pull against cross-entropy")
+        _scale(sheet, b, y, "PuOr_r", ("1/16", "as much", "16 ×"), "pull against cross-entropy")
     right, grey, blue = a + 200, np.array(_VOID) / 255, np.array(_DROPPED) / 255
     marks = [(right, y - 4, "s", grey, "void"), (c + 92, y - 4, "s", OKABE_ITO[0], "share of the pull"), (c + 92, y + 13, "D", "white", "share of the pixels")]
     marks += [(right, y + 13, "s", blue, "dropped")] if dropped else []
