@@ -6,7 +6,7 @@
 __all__ = ['Entry', 'collect', 'short_labels', 'Group', 'group_seeds', 'curves_figure', 'class_heatmap', 'figure_svg',
            'prediction_grid', 'leaderboard', 'seed_table', 'write_report']
 
-# %% ../../nbs/comparing/report.ipynb #67e2b55f
+# %% ../../nbs/comparing/report.ipynb #9cfac938
 import base64
 import io
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .. import viz
-from .compare import mean_sd, rare_iou
+from .scores import mean_sd, rare_iou
 from ..core import DataError, atomic_write, load_json
 from ..data.labels import colorize, get_table, numbered_table
 from ..evaluation.evaluate import load_prediction, prediction_path
