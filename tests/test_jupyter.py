@@ -12,7 +12,7 @@ import pytest
 from _browser import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-SLIDERS = ["labs/explorer.ipynb"]
+SLIDERS = ["labs/explorer.ipynb", "labs/loss_curves.ipynb", "labs/loss_maps.ipynb", "labs/loss_results.ipynb"]
 SHOTS = os.environ.get("SHOTS")  # a folder for screenshots, if one wants to look
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,8 +40,9 @@ def lab(page, tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | own | {"MLMSNET_SCALE": "smoke"}
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--allow-root",
-             "--IdentityProvider.token=t0ken", f"--ServerApp.root_dir={folder / 'work/nbs'}", "--LabApp.expose_app_in_browser=True",
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+             "--allow-root", "--IdentityProvider.token=t0ken",
+             f"--ServerApp.root_dir={folder / 'work/nbs'}", "--LabApp.expose_app_in_browser=True",
              "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"], env=env, stdout=log, stderr=log)
     try:
         for _ in range(240):
@@ -92,10 +93,13 @@ NEW_PICTURE = "([box, old]) => { const i = box.querySelector('img'); return i &&
 def test_slider_gives_a_new_picture(lab, page, name):
     run_notebook(page, lab, name)
     box = live_box(page)
-    handle, element = box.locator(".noUi-handle").first, box.element_handle()
+    element, handle = box.element_handle(), box.locator(".noUi-handle, select").first
+    if handle.evaluate("e => e.tagName") == "SELECT":
+        there, back = "ArrowDown", "ArrowUp"
+    else:
+        at_end = float(handle.get_attribute("aria-valuenow")) >= float(handle.get_attribute("aria-valuemax"))
+        there, back = ("ArrowLeft", "ArrowRight") if at_end else ("ArrowRight", "ArrowLeft")
     seconds = []
-    at_end = float(handle.get_attribute("aria-valuenow")) >= float(handle.get_attribute("aria-valuemax"))
-    there, back = ("ArrowLeft", "ArrowRight") if at_end else ("ArrowRight", "ArrowLeft")
     for key in (there, back, there):
         old = box.locator("img").first.get_attribute("src")
         start = time.perf_counter()
@@ -105,3 +109,36 @@ def test_slider_gives_a_new_picture(lab, page, name):
         seconds.append(time.perf_counter() - start)
     shot(page, name)
     print(f"{name}: new picture after {min(seconds):.2f} to {max(seconds):.2f} s")
+
+
+def test_the_race_draws_while_it_trains_and_stops(lab, page):
+    run_notebook(page, lab, "compare_losses.ipynb")
+    boxes = page.locator(".jp-OutputArea-output .widget-vbox").filter(has=page.get_by_role("button", name="Start"))
+    box = boxes.filter(has=page.locator("img")).last
+    box.scroll_into_view_if_needed()
+    start, stop, clear = (box.get_by_role("button", name=name) for name in ("Start", "Stop", "Clear"))
+    clear.click()
+    picture, element = box.locator("img").first, box.element_handle()
+    page.wait_for_function("b => b.innerText.includes('Choose losses and press')", arg=element, timeout=20_000)
+    start.click()
+    for _ in range(3):  # three new pictures while it trains
+        old = picture.get_attribute("src")
+        page.wait_for_function(NEW_PICTURE, arg=[element, old], timeout=60_000)
+    shot(page, "race")
+    stop.click()
+    begin = time.perf_counter()
+    page.wait_for_function("b => b.innerText.includes('Nothing runs')", arg=element, timeout=20_000)
+    print(f"race: stopped {time.perf_counter() - begin:.2f} s after the click")
+    page.wait_for_timeout(1500)
+    still = picture.get_attribute("src")
+    page.wait_for_timeout(2500)
+    assert picture.get_attribute("src") == still, "it still draws after it was stopped"
+    shot(page, "race_stopped")
+
+
+def test_ticking_a_loss_adds_its_curve(lab, page):
+    run_notebook(page, lab, "labs/loss_curves.ipynb")
+    box = live_box(page)
+    old, element = box.locator("img").first.get_attribute("src"), box.element_handle()
+    box.locator("input[type=checkbox]:not(:checked)").first.check()
+    page.wait_for_function(NEW_PICTURE, arg=[element, old], timeout=20_000)

@@ -57,7 +57,7 @@ def skeleton_np(x, valid, iterations):
 def test_skeleton_against_loops(iterations):
     z, y = case(n=1, void=0.1)
     p, valid = z.softmax(1)[0, 1], (y != VOID)[0]
-    ours = soft_skeleton(p[None, None], ~valid[None, None], iterations)[0, 0]
+    ours = soft_skeleton(p[None], ~valid[None], iterations)[0]
     np.testing.assert_allclose(ours, skeleton_np(p.numpy(), valid.numpy(), iterations), atol=1e-12)
 
 

@@ -12,7 +12,8 @@ from _browser import Watch, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_docs"
-EXPLORERS = ["labs/explorer.html"]
+EXPLORERS = ["labs/explorer.html", "labs/loss_curves.html", "labs/loss_maps.html", "labs/loss_race.html",
+             "labs/loss_results.html", "compare_losses.html"]
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -63,7 +64,7 @@ def test_formulas_are_set(site, page):
 
 
 def picture_of(box):
-    return box.evaluate("e => [...e.querySelectorAll('img')].map(i => i.src).join() + [...e.querySelectorAll('svg')].map(s => s.innerHTML).join()")
+    return box.evaluate("e => [...e.querySelectorAll('img, svg')].map(x => x.src || x.innerHTML).join()")
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
