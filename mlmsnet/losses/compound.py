@@ -85,12 +85,12 @@ DiceTopK = _pair("DiceTopK", "dice_topk", Dice, TopKCrossEntropy, (_share("dice_
                  formula=r"\lambda_d L_{Dice}+\lambda_k L_{TopK}", absent=_ABSENT, paper="Isensee et al., nnU-Net, 2018 (variants)",
                  summary="Dice plus top-k cross-entropy")
 
-# %% ../../nbs/losses/compound.ipynb #9093d55c
+# %% ../../nbs/losses/compound.ipynb #5e5c7df8
 def _log_not(log_p):
-    "ln(1 - p_c) of every class, exact for the strongest too; which class that is"
-    top = log_p.argmax(1, keepdim=True)
-    others = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.log1p(-log_p.exp()).scatter_(1, top, others), others, top
+    "ln(1 - p_c) of every class, exact for one near 1 too; that of the class near 1; where it is"
+    near = log_p > -0.5  # p > 0.6: one class at most
+    others = log_p.masked_fill(near, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.where(near, others, torch.log1p(-log_p.exp())), others, near
 
 
 class _WrongClaims(torch.autograd.Function):
@@ -113,11 +113,12 @@ class _WrongClaims(torch.autograd.Function):
         with full_precision(logits):
             for i, r in strips(logits):
                 log_p, true = F.log_softmax(hide_void(logits[i, :, r], valid[i, r]), 1), y[i, r].unsqueeze(1)
-                log_not, others, top = _log_not(log_p)
-                odds = (log_p - log_not).exp_().scatter_(1, top, 0).scatter_(1, true, 0)  # p/(1-p) <= 1 without the strongest
-                part = log_p.exp() * odds.sum(1, keepdim=True) - odds
-                rivals = (log_p - others).exp_().scatter_(1, top, -1)  # shares among the others: where the strongest must give to
-                part += rivals * log_p.gather(1, top).exp() * (top != true)
+                log_not, others, near = _log_not(log_p)
+                odds = log_not.neg_().add_(log_p).exp_().masked_fill_(near, 0).scatter_(1, true, 0)  # p/(1-p), without the one near 1
+                p = log_p.exp()
+                part = (p * odds.sum(1, keepdim=True)).sub_(odds)
+                claim = (p * near).sum(1, keepdim=True) * ~near.gather(1, true)  # the p near 1, if it is a wrong one: it gives to its rivals
+                part += log_p.sub_(others).exp_().masked_fill_(near, -1).mul_(claim)
                 grad[i, :, r] = part.mul_(g[i, r].unsqueeze(1)).masked_fill_(~valid[i, r].unsqueeze(1), 0)
         return grad, None, None
 

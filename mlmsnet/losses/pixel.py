@@ -315,44 +315,50 @@ class GeneralizedCrossEntropy(PixelLoss):
     def pixel_loss(self, log_py):
         return -log_py if self.q == 0 else -torch.expm1(self.q * log_py) / self.q
 
-# %% ../../nbs/losses/pixel.ipynb #7af60950
-def _tempered(z, t, steps=12):
-    "ln of the tempered softmax with t >= 1, over dimension 1"
-    gap = z.amax(1, keepdim=True) - z  # >= 0
-    if t == 1:
-        return F.log_softmax(-gap, 1)
-    e, w = t - 1, 0.0
-    for _ in range(steps):
-        log_p = -torch.log1p(e * (w + gap)) / e
-        total = log_p.exp().sum(1, keepdim=True)
-        w = w + total.log() * total / (t * log_p).exp().sum(1, keepdim=True)  # Newton on ln Σp, whose slope is -Σp^t / Σp
-    return -torch.log1p(e * (w + gap)) / e
+# %% ../../nbs/losses/pixel.ipynb #ad9bc61f
+def _tempered(z, t, w=None, steps=12):
+    "ln of the tempered softmax with t >= 1 over dimension 1, and its normaliser w; a known w saves the search"
+    gap, e = z.amax(1, keepdim=True) - z, t - 1  # gap >= 0
+    if e == 0:
+        return F.log_softmax(-gap, 1), torch.zeros_like(gap[:, :1])
+    if w is None:
+        w = torch.zeros_like(gap[:, :1])
+        for _ in range(steps):
+            u = (gap + w).mul_(e)
+            p = torch.log1p(u).div_(-e).exp_()
+            total = p.sum(1, keepdim=True)
+            w = w + total.log() * total / p.div_(u.add_(1)).sum(1, keepdim=True)  # Newton on ln Σp, whose slope is -Σp^t / Σp; p^t = p / (1+u)
+            if z.device.type == "cpu" and total.max() - 1 < torch.finfo(z.dtype).eps ** 0.5:  # each step squares the error
+                break
+    return torch.log1p((gap + w).mul_(e)).div_(-e), w
 
 
 class _BiTempered(torch.autograd.Function):
     "The loss of each pixel; the backward pass computes the probabilities again instead of keeping them"
     @staticmethod
     def forward(ctx, logits, y, valid, t1, t2):
-        pixels = logits.new_empty(y.shape)
+        pixels, w = logits.new_empty(y.shape), logits.new_empty(y.shape)
         with full_precision(logits):
             for i, r in strips(logits):
-                log_p = _tempered(hide_void(logits[i, :, r], valid[i, r]), t2)
+                log_p, found = _tempered(hide_void(logits[i, :, r], valid[i, r]), t2)
+                w[i, r] = found.squeeze(1)
                 log_py = log_p.gather(1, y[i, r].unsqueeze(1)).squeeze(1)
                 bend = (log_p.exp() * torch.expm1((1 - t1) * log_p)).sum(1)  # Σ p^(2-t1) - 1, without cancellation
                 pixels[i, r] = (-log_py if t1 == 1 else -torch.expm1((1 - t1) * log_py) / (1 - t1)) + bend / (2 - t1)
-        ctx.save_for_backward(logits, y, valid)
+        ctx.save_for_backward(logits, y, valid, w)
         ctx.t = t1, t2
         return pixels.clamp_min_(0).masked_fill_(~valid, 0)  # a divergence: below 0 by rounding only
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        logits, y, valid = ctx.saved_tensors
+        logits, y, valid, w = ctx.saved_tensors
         t1, t2 = ctx.t
         grad = torch.empty_like(logits)
         with full_precision(logits):
             for i, r in strips(logits):
-                log_p, index = _tempered(hide_void(logits[i, :, r], valid[i, r]), t2), y[i, r].unsqueeze(1)
+                log_p, _ = _tempered(hide_void(logits[i, :, r], valid[i, r]), t2, w[i, r].unsqueeze(1))
+                index = y[i, r].unsqueeze(1)
                 v = ((1 - t1 + t2) * log_p).exp_()
                 v.scatter_add_(1, index, -((t2 - t1) * log_p.gather(1, index)).exp())
                 escort = F.softmax(t2 * log_p, 1)

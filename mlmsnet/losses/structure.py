@@ -14,23 +14,30 @@ from .contract import CLASS_WEIGHT, CLASSES, PER_IMAGE, Param, SegLoss, full_pre
 from .pixel import CrossEntropy, class_counts
 from .region import RegionLoss, overlap_ratio, region_sums
 
-# %% ../../nbs/losses/structure.ipynb #a7ba1b1b
-def _erode(x, void):  # N 1 H W >= 0; a cross of five: thinner structures survive diagonally
-    low = -x.masked_fill(void, torch.inf)
-    return -torch.maximum(F.max_pool2d(low, (3, 1), 1, (1, 0)), F.max_pool2d(low, (1, 3), 1, (0, 1))).masked_fill(void, 0)
+# %% ../../nbs/losses/structure.ipynb #c59697ee
+def _erode(x, void):  # N H W >= 0; a cross of five: thinner structures survive diagonally
+    x = F.pad(x.masked_fill(void, torch.inf), (1, 1, 1, 1), value=torch.inf)
+    rows = torch.minimum(torch.minimum(x[:, :-2, 1:-1], x[:, 2:, 1:-1]), x[:, 1:-1, 1:-1])
+    return torch.minimum(torch.minimum(x[:, 1:-1, :-2], x[:, 1:-1, 2:]), rows).masked_fill(void, 0)
+
+
+def _dilate(x):  # N H W >= 0, 0 at void; a square of nine, first rows, then columns
+    x = F.pad(x, (1, 1, 1, 1))
+    x = torch.maximum(torch.maximum(x[:, :-2], x[:, 2:]), x[:, 1:-1])
+    return torch.maximum(torch.maximum(x[..., :-2], x[..., 2:]), x[..., 1:-1])
 
 
 def soft_skeleton(
-    x: torch.Tensor,  # N 1 H W, 0..1
-    void: torch.Tensor,  # N 1 H W bool
+    x: torch.Tensor,  # N H W, 0..1
+    void: torch.Tensor,  # N H W bool
     iterations: int,  # Lines up to 2·iterations + 1 wide are found
 ) -> torch.Tensor:
-    "The centre lines of what is bright, N 1 H W, differentiable; 0 at void, which acts like the border of the picture"
+    "The centre lines of what is bright, N H W, differentiable; 0 at void, which acts like the border of the picture"
     x = x.masked_fill(void, 0)
     line = torch.zeros_like(x)
     for _ in range(iterations + 1):
         inner = _erode(x, void)
-        gone = F.relu(x - F.max_pool2d(inner, 3, 1, 1)).masked_fill(void, 0)
+        gone = F.relu(x - _dilate(inner)).masked_fill(void, 0)
         line = line + (1 - line) * gone
         x = inner
     return line
@@ -42,7 +49,7 @@ def _line_sums(p, of_class, void, iterations):
     with torch.no_grad():
         true_line = soft_skeleton(g, void, iterations)
     line = soft_skeleton(p, void, iterations)
-    return torch.stack([m.sum((1, 2, 3)) for m in (line * g, line, true_line * p, true_line)], 1)  # N 4
+    return torch.stack([m.sum((1, 2)) for m in (line * g, line, true_line * p, true_line)], 1)  # N 4
 
 # %% ../../nbs/losses/structure.ipynb #0887b13c
 class _Again(torch.autograd.Function):
@@ -83,7 +90,7 @@ class StructureLoss(SegLoss):
             value, count = self.everywhere(value), self.everywhere(count)
         return value / count.clamp(min=1)
 
-# %% ../../nbs/losses/structure.ipynb #8e0dddbe
+# %% ../../nbs/losses/structure.ipynb #232c2a49
 @register_loss("soft_cldice", family="structure", formula=r"(1-\alpha)\,L_{Dice}+\alpha\Big(1-\frac{2\,T_{prec}T_{sens}}{T_{prec}+T_{sens}}\Big)",
                paper="Shit et al., clDice, CVPR 2021, eq. 1-3, algorithms 1 and 2",
                absent="left out (classes='present'); with 'all' or a list every trace of it that is predicted costs")
@@ -106,9 +113,9 @@ class SoftClDice(StructureLoss):
 
     def line_sums(self, logits, y, valid, needed):
         "Sums over centre lines, N C 4; zeros for classes that are not needed"
-        void = ~valid.unsqueeze(1)
+        void = ~valid
         p = F.softmax(hide_void(logits, valid), 1)
-        out = [_Again.apply(_line_sums, p_c.unsqueeze(1), (y == c).unsqueeze(1) & ~void, void, self.iterations)
+        out = [_Again.apply(_line_sums, p_c, (y == c) & valid, void, self.iterations)
                if use else p_c.new_zeros(len(p_c), 4) for c, (p_c, use) in enumerate(zip(p.unbind(1), needed))]
         return torch.stack(out, 1)
 
