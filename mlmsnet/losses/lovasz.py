@@ -15,22 +15,21 @@ from .contract import full_precision, register_loss
 from .pixel import strips
 from .region import RegionLoss
 
-# %% ../../nbs/losses/lovasz.ipynb #7588d309
+# %% ../../nbs/losses/lovasz.ipynb #954c02a3
 def lovasz_slopes(
     fg: torch.Tensor,  # ... M, bool or 0/1: is the pixel one of the class? In order of falling error
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     "What each pixel adds to 1 - IoU as the pixels turn wrong in this order, ... M (Berman et al. 2018, eq. 9)"
-    seen = fg.cumsum(-1, dtype=torch.int32)
-    total = seen[..., -1:]
-    place = torch.arange(1, fg.shape[-1] + 1, dtype=torch.int32, device=fg.device)
-    union = (place - seen).add_(total).to(dtype)  # G + background so far, this pixel included
-    slopes = (total - seen).to(dtype).div_(union).div_((union - 1).clamp_(min=1))
-    slopes = torch.where(fg.bool(), union.reciprocal_(), slopes)
-    slopes[..., 0] = 1 / (total[..., 0] + ~fg[..., 0].bool()).to(dtype)  # an absent class: the largest error is the loss
-    return slopes
+    size = fg.shape[-1]
+    left = fg.cumsum(-1, dtype=dtype if size < 2**24 else torch.float64).neg_()  # float32 counts that far
+    left.add_(left[..., -1:].neg())  # pixels of the class still to come
+    union = torch.arange(size, dtype=left.dtype, device=fg.device) + left  # G + background before this pixel, if it is background
+    slopes = torch.where(fg.bool(), torch.ones((), dtype=left.dtype, device=fg.device), left.div_(union))
+    slopes[..., 0] = 1  # an absent class: the largest error is the loss
+    return slopes.div_(union.add_(1)).to(dtype)
 
-# %% ../../nbs/losses/lovasz.ipynb #c7162527
+# %% ../../nbs/losses/lovasz.ipynb #0fcf1d09
 _ONE = 0x3F800000  # the bits of 1.0
 
 
@@ -49,17 +48,17 @@ def _in_order(own, rest):
 
 def _one_class(score, own, void, slope):
     "Loss of one class. `score`: ln p of every pixel, flat, overwritten; `own`, `void`: where its pixels and void are; `slope`: dL/dp is left there"
-    error = torch.expm1(score[own]).abs_()  # 1 - p, without cancellation near p = 1
+    error = torch.expm1(score.index_select(0, own)).abs_()  # 1 - p, without cancellation near p = 1
     p = score.exp_().index_fill_(0, own, -1).index_fill_(0, void, -1)
     if len(own):
         rest = torch.from_numpy(np.flatnonzero((p > error.min()).numpy()))  # all others count exactly 0
     else:
         rest = p.argmax().view(1)  # an absent class: only the largest error counts
-    error, fg, was = _in_order(error, p[rest])
+    error, fg, was = _in_order(error, p.index_select(0, rest))
     count = lovasz_slopes(fg, p.dtype)
     if slope is not None:
         value, back = (error * count).sum(), torch.empty_like(count).scatter_(0, was, count)
-        p.zero_().index_copy_(0, own, -back[:len(own)]).index_copy_(0, rest, back[len(own):])
+        p.zero_().scatter_(0, own, -back[:len(own)]).scatter_(0, rest, back[len(own):])
         slope.copy_(p.view(slope.shape))
         return value
     return (error * count).sum()
