@@ -493,7 +493,7 @@ def _work(self: Runner):
             self.notice()
     self.notice()
 
-# %% ../../nbs/labs/loss_race.ipynb #62f4ba19
+# %% ../../nbs/labs/loss_race.ipynb #2dd1435d
 _STEPS, _RATES = (20, 50, 100, 200, 400, 800), (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
@@ -522,7 +522,7 @@ class _Panel(W.VBox):
         self.stop_button = W.Button(description="Stop", icon="stop", tooltip="Stop before the next step; what there is stays", layout=W.Layout(width="92px"))
         self.clear_button = W.Button(description="Clear", icon="trash", tooltip="Forget all results", layout=W.Layout(width="92px"))
         self.progress = W.FloatProgress(value=0, min=0, max=1, layout=W.Layout(width="290px"))
-        self.params, self.message, self.image = W.VBox([]), W.HTML(), W.Image(format="png", layout=W.Layout(max_width="100%"))
+        self.params, self.message, self.image = W.VBox([]), W.HTML(), W.Image(format="png", layout=W.Layout(max_width="100%", align_self="flex-start"))
         rules = W.VBox([self.steps, self.lr, W.HBox([self.seed, self.scene]), self.at,
                         W.HBox([self.start_button, self.stop_button, self.clear_button]), self.progress])
         box = W.Box([self.choose, rules, self.params], layout=W.Layout(flex_flow="row wrap"))

@@ -122,7 +122,7 @@ def load_results(
     values = {k: {loss: np.array([_numbers(e, k, classes) for e in es]) for loss, es in runs.items()} for k in METRICS}
     return Results(classes, np.array(share, float), runs, values, skipped)
 
-# %% ../../nbs/labs/loss_results.ipynb #fb3c45be
+# %% ../../nbs/labs/loss_results.ipynb #8368047d
 def _rare(entry):
     m = entry.metrics
     there = [v for v, share in zip(m["iou"], m.get("share") or []) if share < RARE_SHARE and v is not None]
@@ -141,7 +141,7 @@ def leaderboard_html(
     heads = ["loss", *_COLUMNS, "seeds"]
     shown = [i for i in range(len(heads)) if any(row[i] != "–" for row in rows)]
     def line(cells, tag):
-        parts = (f'<{tag} style="text-align:{"left" if i == 0 else "right"};padding:.15em .7em">{html.escape(cells[i])}</{tag}>' for i in shown)
+        parts = (f'<{tag} style="text-align:{"left" if i == 0 else "right"};padding:.15em .7em;white-space:nowrap">{html.escape(cells[i])}</{tag}>' for i in shown)
         return f"<tr>{''.join(parts)}</tr>"
     gone = "".join(f"<br>Left out: {html.escape(path)} ({html.escape(str(why))})" for path, why in results.skipped)
     return (f'<div class="mlms-explorer" style="overflow-x:auto"><table style="border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em">'
@@ -341,7 +341,7 @@ def _states(states):
     rgb[states == 255] = 255
     return rgb
 
-# %% ../../nbs/labs/loss_results.ipynb #4e8dd55e
+# %% ../../nbs/labs/loss_results.ipynb #bf986b80
 class LossResults(W.VBox):
     "A finished comparison: leaderboard, heat map, one class, one image"
 
@@ -354,21 +354,21 @@ class LossResults(W.VBox):
     ):
         self.path, self.data_root, self.groups = Path(path), data_root, list(comparisons(path))
         group = self.groups[0] if group is None else group
-        self.results = load_results(path, group)
-        if base is not None and base not in self.results.losses:
-            raise ConfigError(unknown("loss of this comparison", base, self.results.losses))
+        if group not in self.groups:
+            raise DataError(unknown(f"comparison in {path}", group, self.groups))
         self.base = base
         self.select = W.Dropdown(options=self.groups, value=group, description="comparison", style={"description_width": "initial"})
         self.select.observe(lambda change: self.show(change["new"]), "value")
         super().__init__()
         self.show(group)
+        if base is not None and base not in self.results.losses:
+            raise ConfigError(unknown("loss of this comparison", base, self.results.losses))
 
     def show(self, group: str):
         "Turn to another comparison of the folder"
         self.results = load_results(self.path, group)
         losses = self.results.losses
-        wanted = (self.base, "cross_entropy", "ohem", losses[-1])
-        base = next(b for b in wanted if b in losses)
+        base = next(b for b in (self.base, "cross_entropy", "ohem", losses[-1]) if b in losses)
         self.leaderboard, self.heat, self.one_class = leaderboard_html(self.results), heat_lab(self.results, base), class_lab(self.results)
         try:
             self.pictures_of = Pictures(self.results, self.path / group, self.data_root)
@@ -390,17 +390,17 @@ class LossResults(W.VBox):
         data, meta = live if isinstance(live, tuple) else (live, {})
         return {**data, "text/html": self.static_html()}, meta
 
-# %% ../../nbs/labs/loss_results.ipynb #0e945ba2
+# %% ../../nbs/labs/loss_results.ipynb #f0036313
 def heat_lab(results: Results, base: str) -> Explorer:
     "The heat map with its two controls"
     metrics = [(METRICS[k], k) for k in results.metrics]
-    against = [("nothing", None), *((loss, loss) for loss in results.losses)]
+    against = ["nothing", *results.losses]  # not None: a dropdown shows that as empty
     def alt(metric, against):
         means = heat_values(results, metric)[:, -1]
         best = results.losses[int(np.nanargmax(means))]
         return f"{METRICS[metric]} of {len(results.losses)} losses by {len(results.classes)} classes; the highest mean is {100 * np.nanmax(means):.1f} per cent, of {best}"
-    return Explorer(lambda metric, against: heat_figure(results, metric, against), choice("metric", metrics, frames=results.metrics),
-                    choice("against", against, value=None, frames=(None, base), label="difference to"), title="Which classes decided?", alt=alt, page_dpi=94)
+    return Explorer(lambda metric, against: heat_figure(results, metric, None if against == "nothing" else against), choice("metric", metrics, frames=results.metrics),
+                    choice("against", against, frames=("nothing", base), label="difference to"), title="Which classes decided?", alt=alt, page_dpi=94)
 
 
 def class_lab(results: Results) -> Explorer:
@@ -422,12 +422,12 @@ def pictures_lab(pictures: Pictures, losses, base: str) -> Explorer:
     best = tuple([loss for loss in with_files if loss != base][:2])
     names = pictures.names
     shown = [names[i] for i in sorted({round(i) for i in np.linspace(0, len(names) - 1, 5)})]
-    classes = [("all", None), *((n, i) for i, n in enumerate(pictures.table.names))]
+    classes = [("all", -1), *((n, i) for i, n in enumerate(pictures.table.names))]
     def alt(name, cls, base, others):
-        what = "all classes" if cls is None else pictures.table.names[cls]
+        cls, what = (None, "all classes") if cls < 0 else (cls, pictures.table.names[cls])
         image, truth = pictures.truth(name)
         maps = {o: difference_map(truth, pictures.prediction(base, name), pictures.prediction(o, name), cls) for o in others if o != base}
         return f"{name}, {what}, against {base}: " + "; ".join(f"{o} gains {(m == 2).sum()} pixels and loses {(m == 3).sum()}" for o, m in maps.items())
-    return Explorer(lambda **kw: pictures_figure(pictures, **kw), choice("name", names, value=shown[0], frames=shown, label="image"),
-                    choice("cls", classes, value=None, label="class"), choice("base", with_files, value=base, label="against"),
+    return Explorer(lambda cls, **kw: pictures_figure(pictures, cls=None if cls < 0 else cls, **kw), choice("name", names, value=shown[0], frames=shown, label="image"),
+                    choice("cls", classes, label="class"), choice("base", with_files, value=base, label="against"),
                     choice("others", with_files, value=best, several=True, label="losses (up to 3)"), title="Which pixels?", alt=alt, page_dpi=94, photo=True)

@@ -7,12 +7,13 @@ __all__ = ['DataConfig', 'ModelConfig', 'LossConfig', 'TrainConfig', 'Config', '
            'shipped_configs', 'config_parser', 'valid_keys', 'check_keys', 'parse_config', 'is_original',
            'from_original', 'read_yaml', 'save_config']
 
-# %% ../../nbs/training/config.ipynb #d315a38b
+# %% ../../nbs/training/config.ipynb #5ab73a5b
 import hashlib
 import json
 import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,7 +149,7 @@ def _flat(d, prefix=""):
         out.update(_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v})
     return out
 
-# %% ../../nbs/training/config.ipynb #6e0f1f0e
+# %% ../../nbs/training/config.ipynb #2ce79728
 def shipped_configs() -> dict[str, Path]:
     "The YAML library inside the package: name → file"
     import mlmsnet
@@ -156,16 +157,22 @@ def shipped_configs() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
+@lru_cache(None)
+def _notes(cls) -> dict:
+    "The comments of a dataclass; reading them takes longer than parsing a config"
+    from fastcore.docments import docments
+    return docments(cls)
+
+
 def config_parser(prog: str = "mlmsnet", **kwargs):
     "A jsonargparse parser for `Config`, with the comments of the dataclasses as help"
-    from fastcore.docments import docments
     from jsonargparse import ActionConfigFile, ArgumentParser
     parser = ArgumentParser(prog=prog, exit_on_error=False, **kwargs)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file laid over the defaults")
     parser.add_class_arguments(Config)
     for section in fields(Config):
         cls = section.default_factory if is_dataclass(section.default_factory) else None
-        notes = docments(cls if cls else Config)
+        notes = _notes(cls if cls else Config)
         for action in parser._actions:
             if cls and action.dest.startswith(f"{section.name}."):
                 action.help = notes.get(action.dest.split(".")[1]) or action.help
