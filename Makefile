@@ -39,7 +39,7 @@ export: $(READY)
 	@$(BIN)/python tools/docs.py readme
 
 bench: $(READY)
-	@for b in augmentation confusion sliding networks minicity; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done
+	@for b in augmentation confusion sliding networks minicity losses; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done
 
 clean:
 	rm -rf _proc _docs build *.egg-info .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ from PIL import Image
 from ..core import ConfigError, unknown
 from ..viz import STYLE
 
-# %% ../../nbs/labs/explorer.ipynb #273bbe2e
+# %% ../../nbs/labs/explorer.ipynb #65bdb2ff
 @dataclass(frozen=True)
 class Control:
     "One parameter of a figure: its name, what it may be, what it is at first"
@@ -58,7 +58,7 @@ class Control:
         if self.kind == "slider":
             return W.SelectionSlider(**kw, continuous_update=True, layout=W.Layout(width="330px"))
         if self.kind == "many":
-            return W.SelectMultiple(**kw, rows=min(len(self.options), 9), layout=W.Layout(width="330px"))
+            return W.SelectMultiple(**kw, rows=min(len(self.options), 7), layout=W.Layout(width="330px"))
         return W.Dropdown(**kw, layout=W.Layout(width="330px"))
 
 # %% ../../nbs/labs/explorer.ipynb #d73d75a6
@@ -167,7 +167,7 @@ def frames_page(
     body = f'<img src="{frames[first]}" alt="{html.escape(alts[first])}">'
     return page_html(title, "".join(map(_input, moving)), body, data, _JS, note)
 
-# %% ../../nbs/labs/explorer.ipynb #37ee629c
+# %% ../../nbs/labs/explorer.ipynb #0395d8b7
 class Explorer(W.VBox):
     "Controls above a figure: kernel-backed in Jupyter, frames drawn beforehand where there is no kernel"
     max_frames = 30
@@ -193,7 +193,7 @@ class Explorer(W.VBox):
         for w in self.widgets.values():
             w.observe(self._changed, "value")
         head = [W.HTML(f"<b>{html.escape(title)}</b>")] if title else []
-        box = W.Box([*self.widgets.values(), *self.extra()], layout=W.Layout(flex_flow="row wrap", align_items="center"))
+        box = W.Box([*self.widgets.values(), *self.extra()], layout=W.Layout(flex_flow="row wrap", align_items="flex-start"))
         super().__init__([*head, box, self.image, self.message])
         self.redraw()
 
