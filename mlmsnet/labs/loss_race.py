@@ -67,7 +67,7 @@ class TrackConfig:
         if self.train < 1 or self.val < 1:
             raise ConfigError(f"a track needs scenes to learn from and scenes to be judged on, not {self.train} and {self.val}")
 
-# %% ../../nbs/labs/loss_race.ipynb #b305d643
+# %% ../../nbs/labs/loss_race.ipynb #d3664fa5
 class Track:
     "The scenes of a race: tensors to train and to be judged on, drawn when first asked for"
 
@@ -103,7 +103,7 @@ class Track:
         x, y = x[chosen], y[chosen]
         return (x.flip(-1), y.flip(-1)) if rng.random() < 0.5 else (x, y)
 
-
+# %% ../../nbs/labs/loss_race.ipynb #f60f64dd
 @lru_cache(8)
 def _track(cfg):
     return Track(cfg)
@@ -115,7 +115,7 @@ def race_track(
     "The track of a configuration; asked for again, it is the same one, with what was drawn"
     return _track(cfg)
 
-# %% ../../nbs/labs/loss_race.ipynb #d0ace216
+# %% ../../nbs/labs/loss_race.ipynb #551ea958
 def _conv(i, o, kernel=3, stride=1, dilation=1, groups=1):
     return nn.Sequential(nn.Conv2d(i, o, kernel, stride, dilation * (kernel // 2), dilation, groups, bias=False, device="meta"),
                          nn.BatchNorm2d(o, device="meta"), nn.ReLU(inplace=True))
@@ -129,7 +129,7 @@ class _Residual(nn.Module):
     def forward(self, x):
         return x + self.body(x)
 
-
+# %% ../../nbs/labs/loss_race.ipynb #02c267cf
 class TinyNet(nn.Module):
     "A segmentation network of about 26 000 weights; equal seeds give equal weights"
 
@@ -312,7 +312,7 @@ def _class_dots(ax, results, step):
     ax.grid(False, axis="x")
     ax.set_xticks(range(len(names)), names, fontsize=8.5)
 
-# %% ../../nbs/labs/loss_race.ipynb #10141e6c
+# %% ../../nbs/labs/loss_race.ipynb #4e9dbc5c
 def _pictures(fig, grid, results, track, step, scene):
     image, truth = track.scene("val", scene)
     maps = [("scene", image, None), ("truth", colorize(truth, CATEGORIES), None)]
@@ -329,7 +329,7 @@ def _pictures(fig, grid, results, track, step, scene):
         if look:
             ax.plot(0.06, 0.88, transform=ax.transAxes, color=look[0], marker=look[1], ms=8, mec="white", mew=1)
 
-
+# %% ../../nbs/labs/loss_race.ipynb #ebfbf820
 def _places(fig, blocks, left=0.58, right=0.08):
     "One grid per block (space above it, height; inches from the top of the figure down); sets the figure's height"
     width, high = fig.get_figwidth(), sum(map(sum, blocks)) + 0.06
@@ -401,7 +401,7 @@ def load_race(path) -> tuple[dict, Track]:
         raise DataError(f"{path}: run on scenes of MiniCity {about['minicity']}, this is {MINICITY_VERSION}; run it again and save it")
     return results, track
 
-# %% ../../nbs/labs/loss_race.ipynb #f90265d1
+# %% ../../nbs/labs/loss_race.ipynb #03ff513e
 _RUNNERS = weakref.WeakSet()
 
 
@@ -412,7 +412,7 @@ def _end():
         runner.stop()
         runner.join(10)
 
-
+# %% ../../nbs/labs/loss_race.ipynb #89f34d19
 class Runner:
     "Runs entrants one after the other in a thread, and keeps their laps and errors"
 
@@ -450,7 +450,7 @@ class Runner:
             self.queue.clear()
             self._stop.set()
 
-# %% ../../nbs/labs/loss_race.ipynb #5f1a4112
+# %% ../../nbs/labs/loss_race.ipynb #be27cf2c
 @patch
 def join(self: Runner, timeout: float | None = None) -> bool:
     "Wait until all are done; False if that takes longer than `timeout` seconds"
@@ -467,7 +467,7 @@ def reset(self: Runner):
     self.join()
     self.results, self.errors = {}, {}
 
-
+# %% ../../nbs/labs/loss_race.ipynb #6c9745ca
 @patch
 def _next(self: Runner):
     with self._lock:
@@ -567,7 +567,7 @@ class LossRace(_Panel):
         "Label -> why it failed"
         return self.runner.errors
 
-# %% ../../nbs/labs/loss_race.ipynb #018c1c99
+# %% ../../nbs/labs/loss_race.ipynb #302cf713
 @patch
 def _show_params(self: LossRace, _=None):
     chosen = self.choose.value
@@ -599,7 +599,7 @@ def start(
     self._noticed()
     return self
 
-
+# %% ../../nbs/labs/loss_race.ipynb #a22fd557
 @patch
 def stop(self: LossRace):
     "Stop before the next step; results stay"
@@ -660,7 +660,7 @@ def _noticed(self: LossRace):
         if time.monotonic() >= self._next_time or not self.runner.running:
             self.redraw()
 
-# %% ../../nbs/labs/loss_race.ipynb #c59b5401
+# %% ../../nbs/labs/loss_race.ipynb #059f3304
 @patch
 def draw(self: LossRace) -> Figure:
     "What the lab shows now"
@@ -679,7 +679,7 @@ def redraw(self: LossRace):
         except Exception as e:
             self.message.value = _red(f"{type(e).__name__}: {e}")
         cost = time.monotonic() - begin
-        self._next_time = begin + max(0.25, 3 * cost)  # at most a third of the time goes into pictures
+        self._next_time = begin + max(0.25, 2 * cost)  # at most half of the time goes into pictures
         self._status()
 
 

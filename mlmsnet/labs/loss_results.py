@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'STATES', 'comparisons', 'Results', 'load_results', 'leade
            'class_figure', 'difference_map', 'Pictures', 'pictures_figure', 'LossResults', 'heat_lab', 'class_lab',
            'pictures_lab']
 
-# %% ../../nbs/labs/loss_results.ipynb #92534b38
+# %% ../../nbs/labs/loss_results.ipynb #3a25d4d2
 import html
 import re
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
+from fastcore.basics import patch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -229,7 +230,7 @@ def difference_map(
     state[outside] = 255
     return state
 
-# %% ../../nbs/labs/loss_results.ipynb #6e127986
+# %% ../../nbs/labs/loss_results.ipynb #b58bb71d
 def _stored(entry):
     "Name -> file of the predictions of a run"
     folder = entry.record.path / "predictions"
@@ -251,7 +252,7 @@ def _redrawn(settings, split):
         return scene.image, scene.train_ids
     return draw
 
-
+# %% ../../nbs/labs/loss_results.ipynb #10020b26
 def _truth(entry, root, data_root):
     "A function from a sample's name to image and truth; a `DataError` says what is missing"
     from mlmsnet.training.loop import build_dataset
@@ -341,7 +342,7 @@ def _states(states):
     rgb[states == 255] = 255
     return rgb
 
-# %% ../../nbs/labs/loss_results.ipynb #bf986b80
+# %% ../../nbs/labs/loss_results.ipynb #b7432348
 class LossResults(W.VBox):
     "A finished comparison: leaderboard, heat map, one class, one image"
 
@@ -380,15 +381,19 @@ class LossResults(W.VBox):
         self.children = [*select, W.HTML(self.leaderboard), self.heat, self.one_class, self.pictures or W.HTML(self.missing)]
         return self
 
-    def static_html(self) -> str:
-        "All views as one self-contained piece of HTML"
-        last = self.pictures.static_html() if self.pictures else self.missing
-        return self.leaderboard + self.heat.static_html() + self.one_class.static_html() + last
+# %% ../../nbs/labs/loss_results.ipynb #c561b3e2
+@patch
+def static_html(self: LossResults) -> str:
+    "All views as one self-contained piece of HTML"
+    last = self.pictures.static_html() if self.pictures else self.missing
+    return self.leaderboard + self.heat.static_html() + self.one_class.static_html() + last
 
-    def _repr_mimebundle_(self, **kw):
-        live = super()._repr_mimebundle_(**kw)
-        data, meta = live if isinstance(live, tuple) else (live, {})
-        return {**data, "text/html": self.static_html()}, meta
+
+@patch
+def _repr_mimebundle_(self: LossResults, **kw):
+    live = W.VBox._repr_mimebundle_(self, **kw)
+    data, meta = live if isinstance(live, tuple) else (live, {})
+    return {**data, "text/html": self.static_html()}, meta
 
 # %% ../../nbs/labs/loss_results.ipynb #f0036313
 def heat_lab(results: Results, base: str) -> Explorer:
