@@ -71,7 +71,7 @@ def picture_of(box):
 def test_explorers_move_by_keyboard(site, page, name):
     watch = Watch(page, (site,))
     page.goto(f"{site}/{name}", wait_until="load")
-    boxes = page.locator(".mlms-explorer")
+    boxes = page.locator(".mlms-explorer:has(input, select)")  # a table without controls may stand in the same frame
     assert boxes.count(), f"{name} shows no explorer"
     for k in range(boxes.count()):
         box = boxes.nth(k)
