@@ -51,15 +51,15 @@ KEEP = 131072  # pixels that OHEM with the rule "prob" keeps at least
 class Peer:
     """One loss of one library: how to make it, and with which parameters ours computes the same."""
     loss: str  # our name
-    library: str
-    make: object  # library module -> function (logits, target) -> scalar
+    package: str
+    make: object  # its module -> function (logits, target) -> scalar
     ours: dict = field(default_factory=dict)
     void: bool = True  # does it take an ignore_index?
     note: str = ""
 
     @property
     def key(self):
-        return f"{self.library}:{self.loss}" + (f":{self.note}" if self.note else "")
+        return f"{self.package}:{self.loss}" + (f":{self.note}" if self.note else "")
 
 
 def smp(name, **kw):
@@ -228,7 +228,7 @@ def make(key):
         _, loss, kw = key.split(":", 2)
         return Way("ours", create_loss(loss, **json.loads(kw)))
     peer = next(p for p in PEERS if p.key == key)
-    return Way(peer.library, peer.make(library(peer.library)[0]), peer.void)
+    return Way(peer.package, peer.make(library(peer.package)[0]), peer.void)
 
 
 def ours_key(loss, kw):
@@ -312,22 +312,22 @@ def compare(loss, kw, peers, kind, shape, device, repeats, memory, clock=time.pe
     """One row: ours with the parameters `kw`, and the peers that claim to be the same."""
     mine, ways, notes = Way("ours", create_loss(loss, **kw)), [], {}
     for p in peers:
-        module, why = library(p.library)
+        module, why = library(p.package)
         if module is None:
-            notes[p.library] = {"left out": why}
+            notes[p.package] = {"left out": why}
             continue
         try:
-            way = Way(p.library, p.make(module), p.void)
+            way = Way(p.package, p.make(module), p.void)
             verdict_, difference = verdict(p, way, mine.fn, shape[1], device)
         except Exception as e:  # a peer that fails on this input is a result, not an error of the benchmark
-            notes[p.library] = {"fails": f"{type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}"}
+            notes[p.package] = {"fails": f"{type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}"}
             continue
         ways.append(way)
-        notes[p.library] = {"verdict": verdict_, "difference": difference}
+        notes[p.package] = {"verdict": verdict_, "difference": difference}
     z, y = data(kind, shape, device)
     seconds = times([mine, *ways], z, y, repeats, clock)
     del z, y
-    keys = {"ours": ours_key(loss, kw), **{p.library: p.key for p in peers}}
+    keys = {"ours": ours_key(loss, kw), **{p.package: p.key for p in peers}}
     mib = {name: peak_elsewhere(keys[name], kind, shape, device) if memory else None for name in seconds}
     for name in seconds:
         if name != "ours":

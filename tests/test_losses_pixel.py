@@ -5,19 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from _losses import VOID, case
 
 from mlmsnet.core import ConfigError
 from mlmsnet.losses.contract import create_loss, gradient_map
 from mlmsnet.losses.pixel import BalancedSoftmax, BiTempered, CrossEntropy, GeneralizedCrossEntropy, Poly1
-
-VOID = 255
-
-
-def case(c=5, n=2, h=6, w=9, seed=0, size=2.0):
-    g = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, c, (n, h, w), generator=g)
-    y[torch.rand(n, h, w, generator=g) < 0.2] = VOID
-    return size * torch.randn(n, c, h, w, generator=g).double(), y
 
 
 def pixels(z, y):

@@ -3,14 +3,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from _losses import VOID, share_learnt
 
 from mlmsnet.core import ConfigError
 from mlmsnet.losses.contract import create_loss, gradient_map
 from mlmsnet.losses.pixel import CrossEntropy
 from mlmsnet.losses.region import Dice
 from mlmsnet.losses.structure import RMI, SoftClDice, soft_skeleton
-
-VOID = 255
 
 
 def case(c=3, n=2, h=13, w=15, seed=0, size=2.0, void=0.03):
@@ -250,18 +249,4 @@ def test_rmi_half_precision():
 
 @pytest.mark.parametrize("kw", [{"ce_share": 0.0, "pool": 1}, {"ce_share": 0.5, "pool": 2}])
 def test_rmi_trains_a_tiny_net(kw):
-    y = torch.zeros(1, 16, 24, dtype=torch.long)
-    y[:, 9:] = 1
-    y[:, 2:12, 5] = 2
-    y[:, 6:9, 14:17] = 2
-    y[:, 0] = VOID
-    torch.manual_seed(0)
-    colour = torch.tensor([[.2, .5, .9], [.5, .5, .4], [.9, .2, .2], [0, 0, 0]])
-    x = (colour[y.masked_fill(y == VOID, 3)].permute(0, 3, 1, 2) - 0.5) + 0.05 * torch.randn(1, 3, 16, 24)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 3, 1))
-    opt, loss = torch.optim.Adam(net.parameters(), lr=0.02), create_loss("rmi", **kw)
-    for _ in range(150):
-        opt.zero_grad()
-        loss(net(x), y).backward()
-        opt.step()
-    assert (net(x).argmax(1) == y)[y != VOID].float().mean() > 0.995
+    assert share_learnt(create_loss("rmi", **kw)) > 0.995
