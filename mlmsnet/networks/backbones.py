@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOBILENETV3_ROWS', 'BACKBONES', 'Row', 'Backbone', 'MobileNetV3', 'MobileNetV3Classifier', 'TorchvisionBackbone',
-           'TimmBackbone', 'create_backbone']
+           'TimmBackbone', 'available_backbones', 'create_backbone']
 
 # %% ../../nbs/networks/backbones.ipynb #f0bceb13
 import importlib
@@ -97,7 +97,7 @@ def _strides_and_dilations(rows, output_stride, dilate):
             plan[i] = (plan[i][0], [(s, d) for s, _ in plan[i][1]])
     return plan
 
-# %% ../../nbs/networks/backbones.ipynb #6cdb4688
+# %% ../../nbs/networks/backbones.ipynb #60a471c9
 BACKBONES = Registry("backbone")
 
 
@@ -115,6 +115,10 @@ class Backbone(nn.Module):
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         "N 3 H W -> maps N C ⌈H/stride⌉ ⌈W/stride⌉"
         raise NotImplementedError
+
+    def input_spec(self) -> dict:
+        "What the weights want of their input and of the layers around them, as options that build the backbone again"
+        return {"mean": tuple(self.mean), "std": tuple(self.std)}
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return self.features(x)
@@ -149,7 +153,7 @@ def _init_weights(module):
             nn.init.normal_(m.weight, 0, 0.01)
             nn.init.zeros_(m.bias)
 
-# %% ../../nbs/networks/backbones.ipynb #76788d0d
+# %% ../../nbs/networks/backbones.ipynb #3477b878
 class MobileNetV3(Backbone):
     "MobileNetV3 (Howard et al. 2019) in the segmentation form of MLMSNet: the maps of its third, fourth and fifth layer"
 
@@ -188,6 +192,9 @@ class MobileNetV3(Backbone):
         for m in self.modules():
             if isinstance(m, SameConv2d):
                 m.same = padding == "same_tf" and m.stride != (1, 1)
+
+    def input_spec(self):
+        return {**super().input_spec(), "padding": self.padding, "se_after_act": self.se_after_act}
 
     def features(self, x):
         maps, x = [], self.stem(x)
@@ -325,7 +332,7 @@ class TimmBackbone(Backbone):
         maps = self.net(x)
         return [maps[i] for i in self.keep]
 
-# %% ../../nbs/networks/backbones.ipynb #d3a31b30
+# %% ../../nbs/networks/backbones.ipynb #29fdcdfb
 @BACKBONES.register("mobilenetv3_large")
 def _large(**kw):
     return MobileNetV3("large", **kw)
@@ -336,8 +343,18 @@ def _small(**kw):
     return MobileNetV3("small", **kw)
 
 
+_ELSEWHERE = ("efficientnet", "resnet")  # modules of this folder that register further backbones
+
+
+def available_backbones() -> list[str]:
+    "The names in `BACKBONES`, those of the other modules of this folder included"
+    for module in _ELSEWHERE:
+        importlib.import_module(f"mlmsnet.networks.{module}")
+    return sorted(BACKBONES)
+
+
 def create_backbone(
-    name: str,  # `mobilenetv3_large`, `mobilenetv3_small`, `torchvision/NAME` or `timm/NAME`
+    name: str,  # One of `available_backbones()`, `torchvision/NAME` or `timm/NAME`
     **kw,  # For the backbone's class: `width_mult`, `output_stride`, … or `weights`, `pretrained`
 ) -> Backbone:
     "A backbone by name; see `MobileNetV3`, `TorchvisionBackbone`, `TimmBackbone` for the options"
@@ -346,6 +363,8 @@ def create_backbone(
     if rest and make is None:
         raise ConfigError(f"backbone {name!r}: before the slash stands torchvision or timm, not {family!r}")
     try:
+        if not rest and name not in BACKBONES:
+            available_backbones()  # so that the error can name them all
         return make(rest, **kw) if rest else BACKBONES[name](**kw)
     except TypeError as e:
         if "unexpected keyword" in str(e):

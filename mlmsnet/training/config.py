@@ -21,7 +21,7 @@ from ..core import ConfigError, atomic_write, nearest
 from ..data.transforms import AugmentConfig
 from ..evaluation.inference import InferenceConfig
 
-# %% ../../nbs/training/config.ipynb #20b25119
+# %% ../../nbs/training/config.ipynb #e64217a3
 @dataclass(frozen=True)
 class DataConfig:
     "Which pictures"
@@ -54,6 +54,7 @@ class ModelConfig:
     padding: Literal["symmetric", "same_tf"] | None = None  # of strided layers; None: what the weights want
     weights: str | None = None  # ImageNet weights of the backbone, a file
     init: str | None = None  # checkpoint to start the whole network from
+    params: dict[str, Any] = field(default_factory=dict)  # further options of the preset, for example {bins: [1, 2, 3, 6]} of pspnet
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _at_least(cfg, **low):
         if getattr(cfg, name) < least:
             raise ConfigError(f"{type(cfg).__name__}.{name} is {getattr(cfg, name)}; it must be at least {least}")
 
-# %% ../../nbs/training/config.ipynb #8f01bc8f
+# %% ../../nbs/training/config.ipynb #ecc055e8
 _NOT_PART_OF_A_RESULT = {"data": ("root", "cache", "workers"), "train": ("save_steps", "keep_memory", "val_batch")}
 
 
@@ -132,6 +133,7 @@ def config_hash(
     for section, names in _NOT_PART_OF_A_RESULT.items():
         for name in names:
             d[section].pop(name)
+    d = {k: {n: v for n, v in s.items() if v not in (None, {})} if isinstance(s, dict) else s for k, s in d.items()}  # a new setting at its "unset" changes no hash
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -221,7 +223,7 @@ def _no_key(key, keys, where):
     hint = f" Did you mean {' or '.join(near)}?" if near else f" Valid: {', '.join(keys)}"
     return f"{where}: no setting {key!r}.{hint}"
 
-# %% ../../nbs/training/config.ipynb #8492959e
+# %% ../../nbs/training/config.ipynb #53bd86a1
 def parse_config(
     source=None,  # Name of a shipped config, path of a YAML file, a dict, or None for the defaults
     overrides=(),  # Command-line form: ["--train.lr", "0.02", ...]
@@ -250,7 +252,7 @@ def _check_flags(overrides):
     for flag in (str(o) for o in overrides):
         if flag.startswith("--"):
             name = flag[2:].split("=")[0].rstrip("+")
-            if name not in keys and not name.startswith("loss.params"):
+            if name not in keys and not name.startswith(("loss.params", "model.params")):
                 raise ConfigError(_no_key(name, keys, "command line"))
 
 

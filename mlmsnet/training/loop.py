@@ -6,7 +6,7 @@
 __all__ = ['build_dataset', 'build_model', 'parameter_groups', 'build_optimizer', 'lr_factor', 'ModelEma', 'TrainingError',
            'Trainer', 'fit', 'load_weights', 'load_trained', 'build_skeleton']
 
-# %% ../../nbs/training/loop.ipynb #b9a31b68
+# %% ../../nbs/training/loop.ipynb #6bc5e6c5
 import contextlib
 import copy
 import math
@@ -25,14 +25,13 @@ from ..data.labels import get_table
 from ..data.loaders import CachedDataset, ResizedDataset, eval_loader, train_loader
 from ..data.transforms import EvalTransform, TrainTransform
 from ..losses.contract import create_loss
-from ..networks.backbones import MobileNetV3
 from ..networks.mlmsnet import create_model
 from ..networks.weights import load_original
 from .config import Config, config_hash, parse_config, to_dict
 from .metrics import ConfusionMatrix
 from .records import RunFolder, RunRecord, data_fingerprint, environment, load_run
 
-# %% ../../nbs/training/loop.ipynb #1613fc6f
+# %% ../../nbs/training/loop.ipynb #b6030c34
 def build_dataset(
     cfg: Config,  # Settings; the section `data` is read
     split: str,  # `train`, `val`, `test`, `trainval`, or a list file
@@ -63,7 +62,7 @@ def build_model(
     **more,  # Further overrides of the preset
 ) -> nn.Module:
     "The network; fields left at None keep the preset's value"
-    given = {k: v for k, v in vars(cfg.model).items() if v is not None and k not in ("name", "init")}
+    given = {k: v for k, v in vars(cfg.model).items() if v is not None and k not in ("name", "init", "params")} | cfg.model.params
     aux = {"aux": True} if cfg.loss.aux_weight > 0 else {}
     return create_model(cfg.model.name, num_classes, **{**given, **aux, **more})
 
@@ -126,7 +125,7 @@ class ModelEma:
             if not s.is_floating_point():
                 s.copy_(f)
 
-# %% ../../nbs/training/loop.ipynb #bd1fa12b
+# %% ../../nbs/training/loop.ipynb #c019b4a2
 class TrainingError(MlmsError):
     "Training cannot go on"
 
@@ -146,7 +145,7 @@ class Trainer:
         seed_everything(cfg.seed)
         model = build_model(cfg, train_data.num_classes)
         if cfg.model.init:
-            load_weights(model, cfg.model.init)
+            load_weights(model, cfg.model.init, new_classes=True)
         layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout)
         self.layout = layout
@@ -183,7 +182,7 @@ class Trainer:
                             "check their labels with `mlmsnet data verify`, lower --train.lr, or set --train.clip_grad 1. "
                             "The last checkpoint is unharmed")
 
-# %% ../../nbs/training/loop.ipynb #7050e105
+# %% ../../nbs/training/loop.ipynb #21d53dbe
 @patch
 def train_step(self: Trainer, batches) -> dict:
     "One optimiser step over `accumulate` batches; returns the losses as floats"
@@ -200,7 +199,7 @@ def train_step(self: Trainer, batches) -> dict:
             out = self.forward(x)
             loss = main = self.loss(out["out"], y)
             if cfg.loss.aux_weight and "aux" in out:
-                aux = self.loss(out["aux"], y)
+                aux = sum(self.loss(a, y) for a in (out["aux"] if isinstance(out["aux"], list) else [out["aux"]]))
                 loss = main + cfg.loss.aux_weight * aux
                 shown["aux"] = shown.get("aux", 0.0) + aux.item() / n
         value = main.item()
@@ -269,14 +268,14 @@ def validate(self: Trainer) -> dict:
     result = confusion.result()
     return {"miou": result.miou, "macc": result.macc, "allacc": result.allacc, "iou": [round(v, 6) if v is not None else None for v in result.iou]}
 
-# %% ../../nbs/training/loop.ipynb #f3c9df47
+# %% ../../nbs/training/loop.ipynb #02ca9f00
 @patch
 def state(self: Trainer) -> dict:
     "All that a resumed run needs, in types that `weights_only` reads"
     return {
         "format": 1, "config": to_dict(self.cfg), "config_hash": config_hash(self.cfg), "num_classes": self.train_data.num_classes,
         "model": self.model.state_dict(), "ema": self.ema.model.state_dict() if self.ema else None,
-        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "input": _input_spec(self.model),
+        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "input": _plain(self.model.backbone.input_spec()),
         "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "sums": self.sums, "history": self.history, "best": self.best,
         "seconds": self.seconds, "cpu_seconds": self.cpu_seconds,
     }
@@ -294,13 +293,8 @@ def load_state(self: Trainer, state: dict):
         setattr(self, name, state[name])
 
 
-def _input_spec(model) -> dict:
-    "What the weights want of their input and of the network around them, kept beside them"
-    b = model.backbone
-    spec = {"mean": [float(v) for v in b.mean], "std": [float(v) for v in b.std]}
-    if isinstance(b, MobileNetV3):
-        spec.update(padding=b.padding, se_after_act=b.se_after_act)
-    return spec
+def _plain(spec) -> dict:
+    return {k: [float(x) for x in v] if isinstance(v, tuple) else v for k, v in spec.items()}
 
 
 @patch
@@ -308,7 +302,7 @@ def save_best(self: Trainer, path):
     "Write the weights to evaluate with: the averaged ones if there are any"
     model = self.ema.model if self.ema else self.model
     save_checkpoint({"format": 1, "config": to_dict(self.cfg), "num_classes": self.train_data.num_classes, "model": model.state_dict(),
-                     "input": _input_spec(self.model), "epoch": self.epoch, "best": self.best}, path)
+                     "input": _plain(self.model.backbone.input_spec()), "epoch": self.epoch, "best": self.best}, path)
 
 # %% ../../nbs/training/loop.ipynb #905b9d44
 def fit(
@@ -434,10 +428,11 @@ def _results(t: Trainer) -> dict:
     last = {k: v for k, v in scored[-1].items() if k in ("miou", "macc", "allacc", "iou", "epoch")} if scored else None
     return {"best": t.best, "last": last}
 
-# %% ../../nbs/training/loop.ipynb #9acc56e0
+# %% ../../nbs/training/loop.ipynb #43d1c335
 def load_weights(
     model: nn.Module,  # The network to fill
     path,  # A checkpoint of ours, a bare state_dict, or an original checkpoint
+    new_classes: bool = False,  # For fine-tuning: classifiers of another number of classes stay as they are
 ):
     "Load a checkpoint's weights strictly; a checkpoint of another network is an error that lists the keys"
     state = load_checkpoint(path)
@@ -448,6 +443,8 @@ def load_weights(
         return
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("aux")}  # an auxiliary head that this network has not
+    if new_classes:  # the layers whose first size is the number of classes, there and here
+        state = {k: v if not _of_other_classes(own.get(k), v, model.num_classes) else own[k] for k, v in state.items()}
     missing = [k for k in own if k not in state and not k.startswith("aux")]
     extra = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
@@ -456,6 +453,10 @@ def load_weights(
                  for what, keys in (("missing", missing), ("not in this network", extra), ("of another shape", shapes)) if keys]
         raise CheckpointError(f"{path}: weights of another network; {'; '.join(parts)}. Check --model.name and the number of classes")
     model.load_state_dict(state, strict=False)
+
+
+def _of_other_classes(own, there, num_classes):
+    return own is not None and own.ndim and own.shape[0] == num_classes != there.shape[0] and own.shape[1:] == there.shape[1:]
 
 
 def load_trained(
