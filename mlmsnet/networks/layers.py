@@ -46,7 +46,7 @@ def cure_batchnorm(
             m.__class__ = BatchNorm2d  # the same fields, another forward
     return module
 
-# %% ../../nbs/networks/layers.ipynb #22ec5488
+# %% ../../nbs/networks/layers.ipynb #cb251430
 class Hardswish(nn.Module):
     "x · relu6(x + 3) / 6 in one native kernel (MobileNetV3, section 5.2); in place when no gradient is wanted"
 
@@ -55,11 +55,11 @@ class Hardswish(nn.Module):
         return F.hardswish(x, inplace=not torch.is_grad_enabled())
 
 
-_ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "hswish": Hardswish, "none": nn.Identity}
+_ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "relu6": lambda: nn.ReLU6(inplace=True), "hswish": Hardswish, "none": nn.Identity}
 
 
 def activation(
-    name: str,  # `relu`, `hswish` or `none`
+    name: str,  # `relu`, `relu6`, `hswish` or `none`
 ) -> nn.Module:
     "A new activation layer"
     if name not in _ACTIVATIONS:
@@ -83,7 +83,7 @@ class SameConv2d(nn.Conv2d):
             pads += [total // 2, total - total // 2]
         return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
-# %% ../../nbs/networks/layers.ipynb #d9c4f734
+# %% ../../nbs/networks/layers.ipynb #e3a06da4
 class ConvNormAct(nn.Module):
     "Convolution without bias, batch norm, activation; padding keeps the size at stride 1"
 
@@ -95,7 +95,7 @@ class ConvNormAct(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,  # `in_chs` for a depthwise convolution
-        act: str = "relu",  # `relu`, `hswish` or `none`
+        act: str = "relu",  # `relu`, `relu6`, `hswish` or `none`
         bn_eps: float = 1e-5,  # torchvision's MobileNetV3 wants 1e-3
     ):
         super().__init__()
