@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SegModel', 'MLMSNet', 'BaselineNet', 'ModelOptions', 'BackboneOptions', 'MLMSOptions', 'BaselineOptions',
-           'build_backbone', 'register_model', 'on_backbone', 'available_models', 'create_model']
+           'build_backbone', 'recipe', 'register_model', 'on_backbone', 'available_models', 'create_model']
 
 # %% ../../nbs/networks/mlmsnet.ipynb #d94daa72
 import importlib
@@ -213,12 +213,11 @@ MODELS = Registry("model")
 _OWN = {f.name for f in fields(BackboneOptions)}
 
 
-def register_model(
-    name: str,  # From then on `create_model(name, num_classes)` builds it
+def recipe(
     options: ModelOptions,  # A frozen dataclass with the defaults; its fields are the overrides
-    build: Callable,  # `build(options, num_classes) -> SegModel`; see `on_backbone`
-):
-    "Add a preset: overrides are checked against `options`, and the finished network remembers how it was made"
+    build: Callable,  # `build(options, num_classes) -> SegModel`
+) -> Callable:
+    "`make(num_classes, **overrides)`: overrides are checked against `options`, and the finished network remembers how it was made"
     def make(num_classes, **overrides):
         for key in overrides:
             if not hasattr(options, key):
@@ -229,7 +228,16 @@ def register_model(
         model.settings = {"num_classes": num_classes, **asdict(replace(o, weights="none", **found))}
         return model
     make.options = options
-    MODELS[name] = make
+    return make
+
+
+def register_model(
+    name: str,  # From then on `create_model(name, num_classes)` builds it
+    options: ModelOptions,  # A frozen dataclass with the defaults; its fields are the overrides
+    build: Callable,  # `build(options, num_classes) -> SegModel`; see `on_backbone`
+):
+    "Add a preset; see `recipe` for what it can do"
+    MODELS[name] = recipe(options, build)
 
 
 def on_backbone(
@@ -260,14 +268,15 @@ def available_models() -> list[str]:
 
 
 def create_model(
-    name: str,  # One of `available_models()`, for example `mlms_s`
+    name: str,  # One of `available_models()`, for example `mlms_s`, or a library's: `torchvision/fcn_resnet50`, `smp/Unet`, `timm/NAME`
     num_classes: int,  # Without void
     **overrides,  # Fields of the preset's options, for example those of `MLMSOptions`
 ) -> SegModel:
     """A network by name. `model.settings` holds all that is needed to build it again without the weights file:
     `create_model(**model.settings)`."""
-    if name not in MODELS:
+    if "/" not in name and name not in MODELS:
         available_models()
-    model = MODELS[name](num_classes, **overrides)
+    make = importlib.import_module("mlmsnet.networks.rivals").library_model(name) if "/" in name else MODELS[name]
+    model = make(num_classes, **overrides)
     model.settings = {"name": name, **getattr(model, "settings", {"num_classes": num_classes, **overrides})}
     return model
