@@ -101,7 +101,7 @@ def train(args, settings):
     print(f"{run}: best val mIoU {best['miou']:.4f} in epoch {best['epoch']}; {cost['images_per_second']} images/s, "
           f"{cost['train_seconds'] / 60:.1f} min. Next: mlmsnet evaluate {run}")
 
-# %% ../nbs/cli.ipynb #37823b4d
+# %% ../nbs/cli.ipynb #54c4d7cf
 def _add_evaluate(sub):
     p = _command(sub, "evaluate", evaluate, "Score a network on a split, with the protocol in the config's section `eval`.", settings=True)
     p.add_argument("run", help="a run's folder (its best epoch) or a checkpoint; an original checkpoint needs --config")
@@ -118,6 +118,7 @@ def _add_evaluate(sub):
 def evaluate(args, settings):
     "`mlmsnet evaluate RUN [--split test] [--save DIR]`"
     from mlmsnet.evaluation.evaluate import evaluate as run_evaluation
+    from mlmsnet.evaluation.evaluate import write_record
     from mlmsnet.training.loop import build_dataset
     model, cfg = _load(args, settings)
     split = args.split or cfg.data.test
@@ -127,9 +128,7 @@ def evaluate(args, settings):
                             boundary=args.boundary, mean=model.mean, std=model.std)
     record = args.record or (Path(args.run) / f"evaluation_{Path(split).stem}.json" if Path(args.run).is_dir() else None)
     if record:
-        from mlmsnet.core import save_json
-        from mlmsnet.training.records import environment
-        save_json({**result.to_dict(), "split": split, "run": str(args.run), "which": args.which, "environment": environment(device)}, record)
+        write_record(result, record, model, data, split=split, run=str(args.run), which=args.which)
         print(f"record: {record}")
 
 

@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'LossSpec', 'parse_losses', 'load_plugin', 'PlannedRun', 'p
            'check_losses', 'draw_minicity', 'train_and_score', 'claim', 'record_failure', 'compare_losses',
            'run_result', 'loss_table', 'read_comparison', 'markdown_table', 'write_comparison']
 
-# %% ../../nbs/comparing/compare.ipynb #6c68dbe0
+# %% ../../nbs/comparing/compare.ipynb #7bc652cc
 import contextlib
 import importlib.util
 import json
@@ -25,7 +25,7 @@ from .scores import RARE_SHARE, mean_of, mean_sd, pm, rare_iou
 from ..core import CheckpointError, ConfigError, DataError, MlmsError, atomic_write, load_json, save_json
 from ..losses.contract import LOSSES, available_losses, create_loss
 from ..training.config import Config, config_hash, differences, parse_config, shipped_configs
-from ..training.records import RunRecord, data_fingerprint, environment, find_runs, load_run
+from ..training.records import RunRecord, data_fingerprint, find_runs, load_run
 
 # %% ../../nbs/comparing/compare.ipynb #59ffee8a
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def draw_minicity(
     return write_minicity(root, train=train, val=val, cfg=MiniCityConfig(height=height, width=width, rarity=rarity), seed=0,
                           workers=(os.cpu_count() or 1) if train + val > 40 else 0, progress=progress)
 
-# %% ../../nbs/comparing/compare.ipynb #14749757
+# %% ../../nbs/comparing/compare.ipynb #9ca8e006
 def train_and_score(
     run,  # Its folder
     cfg: Config,
@@ -230,7 +230,7 @@ def train_and_score(
     progress: bool = True,
 ) -> dict:
     "Train a run and evaluate its best epoch; returns the evaluation, which is also written beside the run's record"
-    from mlmsnet.evaluation.evaluate import evaluate, save_prediction
+    from mlmsnet.evaluation.evaluate import evaluate, save_prediction, write_record
     from mlmsnet.evaluation.inference import predict
     from mlmsnet.training.loop import build_dataset, fit, load_trained
     fit(cfg, run, train_data, val_data, progress=progress)
@@ -242,9 +242,8 @@ def train_and_score(
     for i in np.unique(np.linspace(0, len(data) - 1, min(pictures, len(data))).astype(int)):
         sample = data[int(i)]
         save_prediction(predict(model, sample.image, cfg.eval, device=device, **how), sample.name, Path(run) / "predictions", data.table)
-    record = {**result.to_dict(), "split": cfg.data.test, "run": str(run), "which": "best", "environment": environment(device)}
-    save_json(record, Path(run) / f"evaluation_{Path(cfg.data.test).stem}.json")  # last: it marks the run as done
-    return record
+    path = Path(run) / f"evaluation_{Path(cfg.data.test).stem}.json"
+    return write_record(result, path, model, data, split=cfg.data.test, run=str(run), which="best")  # last: it marks the run as done
 
 # %% ../../nbs/comparing/compare.ipynb #4bf97fac
 @contextlib.contextmanager

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PerImage', 'images_path', 'save_images', 'load_images', 'EvalResult', 'prediction_path', 'save_prediction',
-           'write_png', 'load_prediction', 'weights_digest', 'evaluate', 'evaluate_predictions']
+           'write_png', 'load_prediction', 'weights_digest', 'evaluate', 'evaluate_predictions', 'write_record']
 
-# %% ../../nbs/evaluation/evaluate.ipynb #0b8d6272
+# %% ../../nbs/evaluation/evaluate.ipynb #135d9180
 import hashlib
 import json
 import sys
@@ -26,8 +26,10 @@ import torch.distributed as dist
 from ..core import ConfigError, DataError, atomic_write, load_json, save_json
 from ..data.datasets import read_label
 from ..data.labels import ID_TO_TRAINID, TRAINID_TO_ID, colorize
+from .cost import count_macs, count_params
 from .inference import InferenceConfig, normalisation, predict
 from ..training.metrics import BoundaryIoU, ConfusionMatrix, SegMetrics, shard
+from ..training.records import environment
 
 # %% ../../nbs/evaluation/evaluate.ipynb #526f370a
 @dataclass(frozen=True)
@@ -354,3 +356,21 @@ def evaluate_predictions(
     if report:
         print(result.text())
     return result
+
+# %% ../../nbs/evaluation/evaluate.ipynb #deb8975f
+def write_record(
+    result: EvalResult,
+    path,  # `evaluation_SPLIT.json`
+    model,
+    dataset,
+    **about,  # split, run, which epoch
+) -> dict:
+    "Write an evaluation with its cost, its machine and, beside it, the counts of its images; returns the record"
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    hw = dataset[0].image.shape[:2] if len(dataset) else None
+    cost = {"params": count_params(model), "macs": count_macs(model, hw), "input_hw": list(hw)} if hw else None
+    record = {**result.to_dict(), "cost": cost, **about, "environment": environment(device)}
+    if _world()[0] == 0:  # every process has the same result
+        save_images(result, path)
+        save_json(record, path)  # last: it marks the run as done
+    return record
