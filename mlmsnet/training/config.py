@@ -21,7 +21,7 @@ from ..core import ConfigError, atomic_write, nearest
 from ..data.transforms import AugmentConfig
 from ..evaluation.inference import InferenceConfig
 
-# %% ../../nbs/training/config.ipynb #e64217a3
+# %% ../../nbs/training/config.ipynb #b754fd65
 @dataclass(frozen=True)
 class DataConfig:
     "Which pictures"
@@ -39,15 +39,20 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     "Which network; a field left at None keeps the preset's value"
-    name: str = "mlms_s"  # preset: mlms_l, mlms_s, mlmsv2_l, mlmsv2_s, mlms_small, baseline
+    name: str = "mlms_s"  # preset: mlms_l, mlms_s, mlmsv2_l, mlmsv2_s, mlms_small, mlms_lite, baseline
     backbone: str | None = None  # for example mobilenetv3_small, torchvision/resnet18, timm/...
     width_mult: float | None = None  # channels of the backbone, 1.0 or 0.75
     output_stride: int | None = None  # stride of the deepest feature: 8 (the original), 16 or 32
     msf: bool | None = None  # multi-scale fusion on or off
     mlf: bool | None = None  # multi-level fusion on or off
-    wide: bool | None = None  # wide head
+    wide: bool | None = None  # twice the channels after the multi-scale fusion and in the head
     version: int | None = None  # 1 or 2 of the network
     dilations: tuple[int, ...] | None = None  # of the multi-scale branches
+    levels: tuple[int, ...] | None = None  # which of the backbone's maps are fused, 0 the finest; null: all
+    level_chs: int | None = None  # project each level to so many channels before the fusion; null: none
+    fuse_stride: int | None = None  # stride at which the levels meet; null: that of the finest
+    head: Literal["conv", "separable", "light"] | None = None  # filter of the head: full 3x3, separable, or none
+    head_chs: int | None = None  # hidden channels of the head; null: 128, or 256 if wide
     dropout: float | None = None  # in the heads
     dilate: bool | tuple[int, int] | None = None  # dilate where a stride was removed; a pair dilates layers 3 and 4
     se_after_act: bool | None = None  # torchvision's block order; None: what the weights want
