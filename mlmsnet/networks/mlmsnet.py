@@ -112,7 +112,7 @@ def _check_fuse_stride(fuse_stride, strides) -> int:
         raise ConfigError(f"fuse_stride is {fuse_stride!r}; the levels in use have strides {', '.join(map(str, strides))}")
     return fuse_stride
 
-# %% ../../nbs/networks/mlmsnet.ipynb #2bba0cf6
+# %% ../../nbs/networks/mlmsnet.ipynb #31dab3d6
 class MLMSNet(SegModel):
     "MLMSNet, versions 1 and 2, on any backbone that follows the contract"
 
@@ -128,7 +128,7 @@ class MLMSNet(SegModel):
         dropout: float = 0.1,  # Of whole channels, before the classifier
         aux: bool | None = None,  # Auxiliary head? None: in version 1 only, as in the original
         levels: tuple[int, ...] | None = None,  # Which of the backbone's maps are fused, 0 the finest; None: all
-        level_chs: int | None = None,  # Project each level to so many channels before MSF; None: no projection
+        level_chs: int | None = None,  # Levels with more channels are projected to so many before MSF; None: none is
         fuse_stride: int | None = None,  # Stride at which levels meet: finer ones are averaged down to it before MSF; None: the finest
         head: str | None = None,  # `conv` (full 3×3), `separable` or `light` (no filter); None: `conv` in version 1, `light` in 2
         head_chs: int | None = None,  # Hidden channels of the head; None: 128, or 256 if wide
@@ -141,7 +141,7 @@ class MLMSNet(SegModel):
         self.fuse_stride = _check_fuse_stride(fuse_stride, strides)
         self.shrink_by = [max(1, self.fuse_stride // s) for s in strides]
         self.project = _projections(chs, level_chs) if level_chs else None
-        chs = [level_chs] * len(chs) if level_chs else chs
+        chs = [min(c, level_chs or c) for c in chs]
         up = 2 if wide else 1
         outs = [c * up for c in chs] if msf else chs
         self.msf = nn.ModuleList(MSF(c, o, tuple(dilations), version) for c, o in zip(chs, outs)) if msf else None
@@ -158,9 +158,11 @@ class MLMSNet(SegModel):
 
 
 def _projections(channels, level_chs):
-    layers = nn.ModuleList(ConvNormAct(c, level_chs, 1) for c in channels)
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.conv.weight)
+    "Down only: a wider map would hold nothing new, and every layer above would pay for it"
+    layers = nn.ModuleList(ConvNormAct(c, level_chs, 1) if c > level_chs else nn.Identity() for c in channels)
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
     return layers
 
 

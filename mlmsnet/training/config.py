@@ -21,7 +21,7 @@ from ..core import ConfigError, atomic_write, nearest
 from ..data.transforms import AugmentConfig
 from ..evaluation.inference import InferenceConfig
 
-# %% ../../nbs/training/config.ipynb #b754fd65
+# %% ../../nbs/training/config.ipynb #0d91d1ca
 @dataclass(frozen=True)
 class DataConfig:
     "Which pictures"
@@ -49,7 +49,7 @@ class ModelConfig:
     version: int | None = None  # 1 or 2 of the network
     dilations: tuple[int, ...] | None = None  # of the multi-scale branches
     levels: tuple[int, ...] | None = None  # which of the backbone's maps are fused, 0 the finest; null: all
-    level_chs: int | None = None  # project each level to so many channels before the fusion; null: none
+    level_chs: int | None = None  # levels with more channels are projected to so many before the fusion; null: none is
     fuse_stride: int | None = None  # stride at which the levels meet; null: that of the finest
     head: Literal["conv", "separable", "light"] | None = None  # filter of the head: full 3x3, separable, or none
     head_chs: int | None = None  # hidden channels of the head; null: 128, or 256 if wide
