@@ -6,8 +6,9 @@
 __all__ = ['make_divisible', 'BatchNorm2d', 'cure_batchnorm', 'Hardswish', 'activation', 'SameConv2d', 'ConvNormAct', 'rescale',
            'SqueezeExcite', 'InvertedResidual', 'fuse_conv_bn']
 
-# %% ../../nbs/networks/layers.ipynb #6beed3c5
+# %% ../../nbs/networks/layers.ipynb #a2d363ce
 import copy
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def make_divisible(
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
-# %% ../../nbs/networks/layers.ipynb #09087133
+# %% ../../nbs/networks/layers.ipynb #d6cd8e79
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that normalises with its running statistics when, in training, a channel has a single value.
 
@@ -40,11 +41,27 @@ class BatchNorm2d(nn.BatchNorm2d):
 def cure_batchnorm(
     module: nn.Module,  # A network made elsewhere, changed in place
 ) -> nn.Module:
-    "Turn every plain `nn.BatchNorm2d` in `module` into ours; weights and keys stay as they are"
+    "Turn every `nn.BatchNorm2d` in `module` into ours; its relatives (timm's brings an activation) keep all but that error"
     for m in module.modules():
-        if type(m) is nn.BatchNorm2d and m.track_running_stats:
-            m.__class__ = BatchNorm2d  # the same fields, another forward
+        if isinstance(m, nn.BatchNorm2d) and m.track_running_stats and not isinstance(m, BatchNorm2d) and not hasattr(m, "cured"):
+            m.__class__ = BatchNorm2d if type(m) is nn.BatchNorm2d else _cured(type(m))  # the same fields, another forward
     return module
+
+
+@cache
+def _cured(cls):
+    class Cured(cls):
+        cured = True
+
+        def forward(self, x):
+            single = self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1
+            self.training = self.training and not single
+            try:
+                return super().forward(x)
+            finally:
+                self.training = self.training or single
+
+    return Cured
 
 # %% ../../nbs/networks/layers.ipynb #cb251430
 class Hardswish(nn.Module):
