@@ -351,7 +351,7 @@ def original_names(model):
     (lambda: create_model("mlms_l", 3, output_stride=4), "8, 16 or 32"),
     (lambda: create_model("mlms_l", 3, backbone="mobilenetv3_larg"), "mobilenetv3_large"),
     (lambda: create_model("mlms_l", 3, backbone="torchvision/rsnet18"), "resnet18"),
-    (lambda: create_model("mlms_l", 3, weights="imagenet"), "PATH"),
+    (lambda: create_model("mlms_l", 3, weights="imagenet", width_mult=0.75), "PATH"),
     (lambda: create_model("mlms_l", 3, backbone="torchvision/resnet18", width_mult=0.5), "width_mult cannot"),
     (lambda: create_backbone("torchvision/vit_b_16"), "convolutional"), (lambda: create_backbone("mobilenetv3_large", foo=1), "foo"),
     (lambda: from_original_config({"arch": "pspnet", "classes": 19}), "not built here yet"),

@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'MODELS', 'SegModel', 'MLMSNet', 'BaselineNet', 'ModelOption
            'BaselineOptions', 'build_backbone', 'recipe', 'register_model', 'on_backbone', 'available_models',
            'create_model']
 
-# %% ../../nbs/networks/mlmsnet.ipynb #4f398cff
+# %% ../../nbs/networks/mlmsnet.ipynb #d1d034c3
 import importlib
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ..core import ConfigError, Registry, unknown
 from .backbones import BACKBONES, Backbone, available_backbones, create_backbone
 from .fusion import MLF, MSF, LightHead, SegHead, resize, shrink, side_by_side
 from .layers import ConvNormAct
-from .pretrained import LOADERS, family_of, read_state
+from .pretrained import LOADERS, family_of, imagenet_file, recipe_of
 
 # %% ../../nbs/networks/mlmsnet.ipynb #baabdbe6
 class SegModel(nn.Module):
@@ -188,7 +188,7 @@ class BaselineNet(SegModel):
     def logits(self, maps):
         return self.head(maps[-1])
 
-# %% ../../nbs/networks/mlmsnet.ipynb #3390e275
+# %% ../../nbs/networks/mlmsnet.ipynb #6d45b7dc
 @dataclass(frozen=True)
 class ModelOptions:
     "What every preset knows"
@@ -206,6 +206,7 @@ class BackboneOptions(ModelOptions):
     se_after_act: bool | None = None  # torchvision's block order
     output_stride: int = 8  # 8, 16 or 32
     padding: str | None = None  # symmetric or same_tf
+    bn_eps: float | None = None  # ε of MobileNetV3's batch norms
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class BaselineOptions(BackboneOptions):
     dropout: float = 0.1
     aux: bool = True
 
-# %% ../../nbs/networks/mlmsnet.ipynb #c2b8c358
+# %% ../../nbs/networks/mlmsnet.ipynb #ad72aadf
 def build_backbone(
     o: BackboneOptions,
 ) -> Backbone:
@@ -254,13 +255,13 @@ def _library_backbone(o, source):
 
 def _mobilenet(o, source):
     if source == "imagenet":
-        raise ConfigError(f"weights 'imagenet' are not known for {o.backbone}; give it a file, weights=PATH")
-    state = read_state(source)[0] if source else None
-    family = family_of(source) if source else None
-    after = o.se_after_act if o.se_after_act is not None else family == "torchvision"
-    backbone = create_backbone(o.backbone, width_mult=o.width_mult, output_stride=o.output_stride, dilate=o.dilate, se_after_act=after)
-    if state is not None:
-        LOADERS[family](backbone, source)
+        source = imagenet_file(o.backbone, o.width_mult)
+    recipe = recipe_of(source) if source else None
+    after = o.se_after_act if o.se_after_act is not None else bool(recipe and recipe.se_after_act)
+    eps = o.bn_eps if o.bn_eps is not None else recipe and recipe.bn_eps
+    backbone = create_backbone(o.backbone, width_mult=o.width_mult, output_stride=o.output_stride, dilate=o.dilate, se_after_act=after, bn_eps=eps)
+    if source:
+        LOADERS[family_of(source)](backbone, source)
     if o.padding is not None:
         backbone.set_padding(o.padding)
     return backbone
@@ -324,12 +325,13 @@ def on_backbone(
         return cls(build_backbone(o), num_classes, **{k: v for k, v in vars(o).items() if k not in _OWN})
     return build
 
-# %% ../../nbs/networks/mlmsnet.ipynb #c827b10d
+# %% ../../nbs/networks/mlmsnet.ipynb #5c58228d
 register_model("mlms_l", MLMSOptions(), on_backbone(MLMSNet))
 register_model("mlms_s", MLMSOptions(wide=False), on_backbone(MLMSNet))
 register_model("mlmsv2_l", MLMSOptions(version=2), on_backbone(MLMSNet))
 register_model("mlmsv2_s", MLMSOptions(version=2, wide=False), on_backbone(MLMSNet))
 register_model("mlms_small", MLMSOptions(backbone="mobilenetv3_small", wide=False), on_backbone(MLMSNet))
+register_model("mlms_lite", MLMSOptions(wide=False, output_stride=16, dilations=(3, 6, 9), level_chs=64, head="separable"), on_backbone(MLMSNet))
 register_model("baseline", BaselineOptions(), on_backbone(BaselineNet))
 
 # %% ../../nbs/networks/mlmsnet.ipynb #83da2058
