@@ -249,7 +249,7 @@ def _predictions(model, samples, how, save_dir, table, label_ids, resume):
         for w in writes:
             w.result()
 
-# %% ../../nbs/evaluation/evaluate.ipynb #36bcc83e
+# %% ../../nbs/evaluation/evaluate.ipynb #79de9b87
 def evaluate(
     model,  # returns {"out": logits}
     dataset,  # items with image, mask (or None) and name; attribute `table`
@@ -278,7 +278,7 @@ def evaluate(
     indices = shard(len(dataset), rank, world)
     how = dict(cfg=cfg, mean=mean, std=std, device=device)
     samples = _progress(_read_ahead(dataset, indices), len(indices), progress and rank == 0, "evaluate")
-    for i, (pred, sample) in zip(indices, _predictions(model, samples, how, save_dir, dataset.table, label_ids, resume)):
+    for (pred, sample), i in zip(_predictions(model, samples, how, save_dir, dataset.table, label_ids, resume), indices):  # in this order: to its end
         scores.add(pred, sample.mask, sample.name, i)
     result = scores.result(absent, time.perf_counter() - start, asdict(cfg))
     if report and rank == 0:
