@@ -44,9 +44,13 @@ def test_the_base_costs_what_the_references_say():
     assert count_macs(built("mlms_s"), (713, 713)) / 1e9 == pytest.approx(24.5, abs=0.05)
 
 
-@pytest.mark.parametrize("over", [{"output_stride": 16}, {"level_chs": 64}, {"head": "separable"}, {"head": "light"}, {"head_chs": 64}, {"levels": (1, 2)}])
-def test_each_saving_saves(over):
-    assert count_macs(built("mlms_s", **over), (360, 480)) < count_macs(built("mlms_s"), (360, 480))
+SAVINGS = [{"output_stride": 16}, {"level_chs": 32}, {"head": "separable"}, {"head": "light"}, {"head_chs": 64}, {"levels": (1, 2)}]
+
+
+def test_each_saving_saves():
+    base = count_macs(built("mlms_small"), (360, 480))
+    for over in SAVINGS:
+        assert count_macs(built("mlms_small", **over), (360, 480)) < base, over
 
 
 # --- contract ----------------------------------------------------------------------------------------------------------------
@@ -76,8 +80,8 @@ def test_channels_last_and_folding_make_no_difference():
 # --- options -----------------------------------------------------------------------------------------------------------------
 OPTIONS = {
     "version": (1, 2), "msf": (True, False), "mlf": (True, False), "wide": (True, False), "levels": (None, (0, 2), (2,)),
-    "level_chs": (None, 8, 1000), "fuse_stride": (None, 16), "head": (None, "conv", "separable", "light"), "head_chs": (None, 24),
-    "output_stride": (8, 16, 32), "dilations": ((1, 2), (3,)), "aux": (None, True, False),
+    "level_chs": (None, 8), "fuse_stride": (None, 16), "head": (None, "conv", "separable", "light"), "head_chs": (None, 24),
+    "output_stride": (8, 16, 32), "dilations": ((1, 2), (3,)), "aux": (None, False),
 }  # fmt: skip
 
 
@@ -143,7 +147,8 @@ def test_deepest_level_alone_without_fusion_is_the_baseline():
 
 
 def test_kinds_of_head():
-    for version, kind, cls in ((1, None, SegHead), (2, None, LightHead), (1, "light", LightHead), (2, "conv", SegHead), (2, "separable", SegHead)):
+    kinds = (1, None, SegHead), (2, None, LightHead), (1, "light", LightHead), (2, "conv", SegHead), (2, "separable", SegHead)
+    for version, kind, cls in kinds:
         head = small(version=version, head=kind).head
         assert type(head) is cls
         if cls is SegHead:
@@ -153,9 +158,9 @@ def test_kinds_of_head():
 
 # --- config ------------------------------------------------------------------------------------------------------------------
 def test_config_knows_every_option_and_unset_ones_change_no_hash():
-    flags = ["--model.name", "mlms_s", "--model.levels", "[0,2]", "--model.level_chs", "48", "--model.fuse_stride", "16", "--model.output_stride", "16",
-             "--model.head", "separable", "--model.head_chs", "32", "--model.backbone", "mobilenetv3_small"]
-    cfg = parse_config(None, flags)
+    given = {"name": "mlms_s", "levels": "[0,2]", "level_chs": 48, "fuse_stride": 16, "output_stride": 16, "head": "separable", "head_chs": 32,
+             "backbone": "mobilenetv3_small"}
+    cfg = parse_config(None, [str(a) for k, v in given.items() for a in (f"--model.{k}", v)])
     assert cfg.model == ModelConfig("mlms_s", backbone="mobilenetv3_small", output_stride=16, levels=(0, 2), level_chs=48, fuse_stride=16,
                                     head="separable", head_chs=32)
     model = build_model(cfg, 5)
@@ -185,12 +190,14 @@ def test_settings_survive_a_checkpoint(tmp_path):
 # --- errors ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("over,word", [
     ({"head": "seperable"}, "Did you mean separable"), ({"head": "light", "head_chs": 64}, "light head has no hidden"),
-    ({"version": 2, "head": None, "head_chs": 64}, "light head has no hidden"), ({"head_chs": 0}, "head_chs is 0"), ({"head_chs": 1.5}, "whole number"),
-    ({"level_chs": -8}, "level_chs is -8"), ({"level_chs": True}, "whole number"), ({"levels": ()}, "levels are"), ({"levels": (0, 1)}, "the deepest, 2"),
+    ({"version": 2, "head": None, "head_chs": 64}, "light head has no hidden"), ({"head_chs": 0}, "head_chs is 0"),
+    ({"head_chs": 1.5}, "whole number"), ({"level_chs": -8}, "level_chs is -8"), ({"level_chs": True}, "whole number"),
+    ({"levels": ()}, "levels are"), ({"levels": (0, 1)}, "the deepest, 2"),
     ({"levels": (2, 0)}, "rising order"), ({"levels": (0, 0, 2)}, "rising order"), ({"levels": (0, 3)}, "positions among [0, 1, 2]"),
     ({"levels": 2}, "positions among"), ({"levels": ("a", 2)}, "positions among"), ({"fuse_stride": 32}, "have strides 8, 16, 16"),
-    ({"fuse_stride": 8, "levels": (1, 2)}, "have strides 16, 16"), ({"dilations": ()}, "whole numbers"), ({"dilations": 3}, "whole numbers"),
-    ({"dilations": ("a",)}, "whole numbers"), ({"version": 3}, "version is 3"), ({"version": 3, "msf": False, "mlf": False}, "version is 3"),
+    ({"fuse_stride": 8, "levels": (1, 2)}, "have strides 16, 16"), ({"dilations": ()}, "whole numbers"),
+    ({"dilations": 3}, "whole numbers"), ({"dilations": ("a",)}, "whole numbers"), ({"version": 3}, "version is 3"),
+    ({"version": 3, "msf": False, "mlf": False}, "version is 3"),
     ({"head_ch": 64}, "Did you mean head_chs"),
 ])  # fmt: skip
 def test_errors_name_the_mend(over, word):
