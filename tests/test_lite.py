@@ -158,8 +158,8 @@ def test_kinds_of_head():
 
 # --- config ------------------------------------------------------------------------------------------------------------------
 def test_config_knows_every_option_and_unset_ones_change_no_hash():
-    given = {"name": "mlms_s", "levels": "[0,2]", "level_chs": 48, "fuse_stride": 16, "output_stride": 16, "head": "separable", "head_chs": 32,
-             "backbone": "mobilenetv3_small"}
+    given = {"name": "mlms_s", "levels": "[0,2]", "level_chs": 48, "fuse_stride": 16, "output_stride": 16, "head": "separable",
+             "head_chs": 32, "backbone": "mobilenetv3_small"}
     cfg = parse_config(None, [str(a) for k, v in given.items() for a in (f"--model.{k}", v)])
     assert cfg.model == ModelConfig("mlms_s", backbone="mobilenetv3_small", output_stride=16, levels=(0, 2), level_chs=48, fuse_stride=16,
                                     head="separable", head_chs=32)
