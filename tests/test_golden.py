@@ -1,4 +1,4 @@
-"""The networks here compute what the published code computes: every case of `shared/golden` except PSPNet."""
+"""The networks here compute what the published code computes: every case of `shared/golden` (PSPNet's is in test_rivals_semseg)."""
 import json
 import zlib
 

@@ -354,7 +354,7 @@ def original_names(model):
     (lambda: create_model("mlms_l", 3, weights="imagenet", width_mult=0.75), "PATH"),
     (lambda: create_model("mlms_l", 3, backbone="torchvision/resnet18", width_mult=0.5), "width_mult cannot"),
     (lambda: create_backbone("torchvision/vit_b_16"), "convolutional"), (lambda: create_backbone("mobilenetv3_large", foo=1), "foo"),
-    (lambda: from_original_config({"arch": "pspnet", "classes": 19}), "not built here yet"),
+    (lambda: from_original_config({"arch": "pspnet", "layers": 18, "classes": 19}), "50, 101 or 152"),
     (lambda: from_original_config({"arch": "mlms"}), "classes"),
 ])  # fmt: skip
 def test_errors_say_what_to_do(call, said):
