@@ -6,7 +6,7 @@
 __all__ = ['build_dataset', 'build_model', 'parameter_groups', 'build_optimizer', 'lr_factor', 'ModelEma', 'TrainingError',
            'Trainer', 'fit', 'load_weights', 'load_trained', 'build_skeleton']
 
-# %% ../../nbs/training/loop.ipynb #6bc5e6c5
+# %% ../../nbs/training/loop.ipynb #bc43a9f6
 import contextlib
 import copy
 import math
@@ -24,10 +24,12 @@ from ..data.datasets import DATASETS, create_dataset
 from ..data.labels import get_table
 from ..data.loaders import CachedDataset, ResizedDataset, eval_loader, train_loader
 from ..data.transforms import EvalTransform, TrainTransform
-from ..losses.contract import create_loss
+from ..losses.contract import create_loss, share_statistics
 from ..networks.mlmsnet import create_model
 from ..networks.weights import load_original
 from .config import Config, config_hash, parse_config, to_dict
+from .distributed import (Noise, agree, agreed, broadcast, connection_errors, everywhere, gather, is_main, mean, setup, share_of_batch,
+                                          sync_batchnorm, wrap)
 from .metrics import ConfusionMatrix
 from .records import RunFolder, RunRecord, data_fingerprint, environment, load_run
 
@@ -125,7 +127,7 @@ class ModelEma:
             if not s.is_floating_point():
                 s.copy_(f)
 
-# %% ../../nbs/training/loop.ipynb #c019b4a2
+# %% ../../nbs/training/loop.ipynb #79a45b44
 class TrainingError(MlmsError):
     "Training cannot go on"
 
@@ -141,28 +143,45 @@ class Trainer:
         progress: bool = True,  # Show a bar
     ):
         self.cfg, self.train_data, self.val_data, self.progress = cfg, train_data, val_data, progress
-        self.device = get_device(cfg.device)
+        self.world = setup(cfg.device)  # one process, unless torchrun started several
+        self.device = self.world.device
+        with agreed():
+            self._build(cfg)
+            self._load(cfg, train_data)
+        self._connect()
+        self.epoch, self.step_in_epoch, self.history, self.best = 0, 0, [], None
+        self.sums, self.seconds, self.cpu_seconds = {}, 0.0, 0.0
+
+    def _build(self, cfg):
         seed_everything(cfg.seed)
-        model = build_model(cfg, train_data.num_classes)
+        model = build_model(cfg, self.train_data.num_classes)
         if cfg.model.init:
             load_weights(model, cfg.model.init, new_classes=True)
-        layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=layout)
-        self.layout = layout
+        self.layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.layout)
         self.loss = create_loss(cfg.loss.name, **cfg.loss.params).to(self.device)
         self.optimizer = build_optimizer(self.model, cfg.train)
         self.ema = ModelEma(self.model, cfg.train.ema) if cfg.train.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.train.amp == "fp16")
-        self.forward = torch.compile(self.model) if cfg.train.compile else self.model
-        transform = TrainTransform(self._augment(), ignore_index=255)
-        self.loader = train_loader(train_data, transform, cfg.train.batch_size, workers=cfg.data.workers, seed=cfg.seed)
-        if len(self.loader) < cfg.train.accumulate:
-            raise ConfigError(f"{len(train_data)} training images make {len(self.loader)} batches of {cfg.train.batch_size}; "
-                              "lower --train.batch_size" + (" or --train.accumulate" if cfg.train.accumulate > 1 else ""))
-        self.steps_per_epoch = len(self.loader) // cfg.train.accumulate
+
+    def _load(self, cfg, data):
+        rank, size, k = self.world.rank, self.world.size, cfg.train.accumulate
+        transform, share = TrainTransform(self._augment(), ignore_index=255), share_of_batch(cfg.train.batch_size, size)
+        self.loader = train_loader(data, transform, share, workers=cfg.data.workers, seed=cfg.seed, rank=rank, world=size)
+        if len(self.loader) < k:
+            raise ConfigError(f"{len(data)} training images make {len(self.loader)} batches of {cfg.train.batch_size}; "
+                              "lower --train.batch_size" + (" or --train.accumulate" if k > 1 else ""))
+        self.steps_per_epoch = len(self.loader) // k
         self.total_steps = self.steps_per_epoch * cfg.train.epochs
-        self.epoch, self.step_in_epoch, self.history, self.best = 0, 0, [], None
-        self.sums, self.seconds, self.cpu_seconds = {}, 0.0, 0.0
+
+    def _connect(self):
+        self.noise = Noise(self.model, self.world)
+        if self.world.size > 1:
+            share_statistics(self.loss)
+            for name, p in self.model.named_parameters():  # an auxiliary head that counts nothing has no gradient to wait for
+                p.requires_grad_(p.requires_grad and not (name.startswith("aux") and self.cfg.loss.aux_weight == 0))
+        self.wrapped = wrap(sync_batchnorm(self.model), self.world)
+        self.forward = torch.compile(self.wrapped) if self.cfg.train.compile else self.wrapped
 
     def _augment(self):
         return replace(self.cfg.augment, mean=tuple(self.model.backbone.mean), std=tuple(self.model.backbone.std))
@@ -177,36 +196,45 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
     def _stop(self, what: str, indices):
-        names = [self.train_data.names[i] for index in indices for i in index.tolist()]
-        raise TrainingError(f"{what} in epoch {self.epoch + 1}, step {self.step}, images {', '.join(names)}; "
-                            "check their labels with `mlmsnet data verify`, lower --train.lr, or set --train.clip_grad 1. "
-                            "The last checkpoint is unharmed")
+        names = [self.train_data.names[i] for part in gather([index.tolist() for index in indices]) for index in part for i in index]
+        raise everywhere(TrainingError(f"{what} in epoch {self.epoch + 1}, step {self.step}, images {', '.join(names)}; "
+                                       "check their labels with `mlmsnet data verify`, lower --train.lr, or set --train.clip_grad 1. "
+                                       "The last checkpoint is unharmed"))
 
-# %% ../../nbs/training/loop.ipynb #21d53dbe
+# %% ../../nbs/training/loop.ipynb #f8e72aa4
+@patch
+def add_gradients(self: Trainer, x, y, index, n: int = 1) -> dict:
+    "Forward and backward of one batch out of `n` of a step; returns the losses as floats"
+    weight = self.cfg.loss.aux_weight
+    x = x.to(self.device, memory_format=self.layout, non_blocking=True)
+    y = y.to(self.device, non_blocking=True)
+    losses = {}
+    with self.autocast():
+        out = self.forward(x)
+        loss = losses["loss"] = self.loss(out["out"], y)
+        if weight and "aux" in out:
+            losses["aux"] = sum(self.loss(a, y) for a in (out["aux"] if isinstance(out["aux"], list) else [out["aux"]]))
+            loss = loss + weight * losses["aux"]
+    values = {name: mean(v.detach()).item() for name, v in losses.items()}
+    if not math.isfinite(values["loss"]):
+        self._stop(f"the loss became {values['loss']}", [index])
+    self.scaler.scale(loss / n).backward()
+    return values
+
+
 @patch
 def train_step(self: Trainer, batches) -> dict:
     "One optimiser step over `accumulate` batches; returns the losses as floats"
-    cfg, n = self.cfg, len(batches)
-    torch.manual_seed((self.cfg.seed * 1_000_003 + self.step) % 2**63)
+    cfg = self.cfg
+    self.noise.seed((cfg.seed * 1_000_003 + self.step) % 2**63)
     for g in self.optimizer.param_groups:
         g["lr"] = cfg.train.lr * g["mult"] * lr_factor(self.step, self.total_steps, cfg.train)
     self.optimizer.zero_grad(set_to_none=True)
-    shown = {"loss": 0.0}
-    for x, y, index in batches:
-        x = x.to(self.device, memory_format=self.layout, non_blocking=True)
-        y = y.to(self.device, non_blocking=True)
-        with self.autocast():
-            out = self.forward(x)
-            loss = main = self.loss(out["out"], y)
-            if cfg.loss.aux_weight and "aux" in out:
-                aux = sum(self.loss(a, y) for a in (out["aux"] if isinstance(out["aux"], list) else [out["aux"]]))
-                loss = main + cfg.loss.aux_weight * aux
-                shown["aux"] = shown.get("aux", 0.0) + aux.item() / n
-        value = main.item()
-        if not math.isfinite(value):
-            self._stop(f"the loss became {value}", [index])
-        self.scaler.scale(loss / n).backward()
-        shown["loss"] += value / n
+    shown = {}
+    for i, batch in enumerate(batches, 1):
+        with contextlib.nullcontext() if self.world.size == 1 or i == len(batches) else self.wrapped.no_sync():
+            for name, value in self.add_gradients(*batch, len(batches)).items():
+                shown[name] = shown.get(name, 0.0) + value / len(batches)
     self.scaler.unscale_(self.optimizer)
     params = [p for p in self.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in params])
@@ -220,7 +248,7 @@ def train_step(self: Trainer, batches) -> dict:
         self.ema.update(self.model, self.step)
     return shown
 
-# %% ../../nbs/training/loop.ipynb #a32f5f48
+# %% ../../nbs/training/loop.ipynb #792e684e
 @patch
 def train_epoch(self: Trainer, bar=None, save=None):
     "The rest of the current epoch"
@@ -239,7 +267,7 @@ def train_epoch(self: Trainer, bar=None, save=None):
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.step_in_epoch, batches = self.step_in_epoch + 1, []
         now, now_cpu = time.perf_counter(), time.process_time()
-        self.seconds, self.cpu_seconds = self.seconds + now - clock, self.cpu_seconds + now_cpu - cpu
+        self.seconds, self.cpu_seconds = self.seconds + now - clock, self.cpu_seconds + self.world.size * (now_cpu - cpu)
         if bar is not None:
             rate = k * cfg.train.batch_size / (now - clock)
             lr = self.optimizer.param_groups[0]["lr"]
@@ -251,21 +279,22 @@ def train_epoch(self: Trainer, bar=None, save=None):
         if save and cfg.train.save_steps and self.step_in_epoch % cfg.train.save_steps == 0:
             save()
 
-# %% ../../nbs/training/loop.ipynb #f7ae54fd
+# %% ../../nbs/training/loop.ipynb #d137526e
 @patch
 @torch.no_grad()
 def validate(self: Trainer) -> dict:
     "mIoU, mAcc and allAcc of the averaged network (or the network, without EMA) over whole validation images"
     model = self.ema.model if self.ema else self.model
     backbone = self.model.backbone
-    loader = eval_loader(self.val_data, EvalTransform(backbone.mean, backbone.std), self.cfg.train.val_batch, workers=self.cfg.data.workers)
+    loader = eval_loader(self.val_data, EvalTransform(backbone.mean, backbone.std), self.cfg.train.val_batch, workers=self.cfg.data.workers,
+                         rank=self.world.rank, world=self.world.size)
     confusion = ConfusionMatrix(self.train_data.num_classes)
     model.eval()
     for x, y, _ in loader:
         with self.autocast():
             logits = model(x.to(self.device, memory_format=self.layout))["out"]
         confusion.update(logits, y.to(self.device))
-    result = confusion.result()
+    result = confusion.all_reduce().result()
     return {"miou": result.miou, "macc": result.macc, "allacc": result.allacc, "iou": [round(v, 6) if v is not None else None for v in result.iou]}
 
 # %% ../../nbs/training/loop.ipynb #02ca9f00
@@ -304,7 +333,7 @@ def save_best(self: Trainer, path):
     save_checkpoint({"format": 1, "config": to_dict(self.cfg), "num_classes": self.train_data.num_classes, "model": model.state_dict(),
                      "input": _plain(self.model.backbone.input_spec()), "epoch": self.epoch, "best": self.best}, path)
 
-# %% ../../nbs/training/loop.ipynb #905b9d44
+# %% ../../nbs/training/loop.ipynb #af236ea2
 def fit(
     cfg: Config,  # All settings
     run_dir,  # Folder of the run; one that holds a part of this run is gone on with
@@ -317,31 +346,57 @@ def fit(
     "Train; returns the run's record. Killed and called again, it ends with the same weights"
     if cfg.train.keep_memory:
         keep_freed_memory()
-    train_data = train_data if train_data is not None else build_dataset(cfg, cfg.data.train, augmentable=True)
-    val_data = val_data if val_data is not None else build_dataset(cfg, cfg.data.val)
-    for use, split, data in (("learned from", cfg.data.train, train_data), ("scored", cfg.data.val, val_data)):
-        if not getattr(data, "has_labels", True):
-            raise DataError(f"{cfg.data.root}: the split {split!r} has no labels, so it cannot be {use}; choose another --data.train or --data.val")
-    trainer = Trainer(cfg, train_data, val_data, progress)
-    with RunFolder(run_dir, cfg, overwrite) as folder:
-        last = folder.path / "last.pt"
-        if last.exists():
-            trainer.load_state(_own_checkpoint(last, cfg))
-        facts = _facts(trainer)
-        if trainer.epoch == cfg.train.epochs:
-            if progress:
-                print(f"{folder.path}: finished already ({cfg.train.epochs} epochs); --overwrite starts anew")
-        else:
-            folder.write_summary(status="running", **facts)
-            try:
-                _run_epochs(trainer, folder, last, on_epoch)
-            except (MlmsError, RuntimeError, MemoryError) as e:
-                with contextlib.suppress(OSError):  # a full disk: the error to show is the first one
-                    folder.write_summary(status="failed", reason=f"{type(e).__name__}: {e}".splitlines()[0], **facts)
-                raise
-        folder.write_history(trainer.history)
-        folder.write_summary(status="finished", **facts, cost=_cost(trainer), results=_results(trainer))
-        return load_run(folder.path)
+    setup(cfg.device)
+    agree("their settings", config_hash(cfg))
+    with agreed():
+        train_data = train_data if train_data is not None else build_dataset(cfg, cfg.data.train, augmentable=True)
+        val_data = val_data if val_data is not None else build_dataset(cfg, cfg.data.val)
+        for use, split, data in (("learned from", cfg.data.train, train_data), ("scored", cfg.data.val, val_data)):
+            if not getattr(data, "has_labels", True):
+                raise DataError(f"{cfg.data.root}: the split {split!r} has no labels, so it cannot be {use}; choose another --data.train or --data.val")
+    trainer = Trainer(cfg, train_data, val_data, progress and is_main())
+    facts = _facts(trainer)
+    with contextlib.ExitStack() as stack:
+        with agreed():  # the folder is the main process's alone
+            folder = stack.enter_context(RunFolder(run_dir, cfg, overwrite) if is_main() else _NoFolder(run_dir))
+            last = folder.path / "last.pt"
+            found = _own_checkpoint(last, cfg) if is_main() and last.exists() else None
+        found = broadcast(found)
+        if found:
+            trainer.load_state(found)
+        _train(trainer, folder, last, facts, on_epoch)
+        return broadcast(load_run(folder.path) if is_main() else None)
+
+
+def _train(t, folder, last, facts, on_epoch):
+    if t.epoch == t.cfg.train.epochs:
+        if t.progress:
+            print(f"{folder.path}: finished already ({t.cfg.train.epochs} epochs); --overwrite starts anew")
+    else:
+        folder.write_summary(status="running", **facts)
+        try:
+            with connection_errors():
+                _run_epochs(t, folder, last, on_epoch)
+        except (MlmsError, RuntimeError, MemoryError) as e:
+            with contextlib.suppress(OSError):  # a full disk: the error to show is the first one
+                folder.write_summary(status="failed", reason=f"{type(e).__name__}: {e}".splitlines()[0], **facts)
+            raise
+    folder.write_history(t.history)
+    folder.write_summary(status="finished", **facts, cost=_cost(t), results=_results(t))
+
+
+class _NoFolder(contextlib.nullcontext):
+    "Stands for the run's folder on the processes that write nothing"
+
+    def __init__(self, path):
+        super().__init__(self)
+        self.path = Path(path)
+
+    def write_history(self, history):
+        pass
+
+    def write_summary(self, **parts):
+        pass
 
 
 def _own_checkpoint(path, cfg):
@@ -353,12 +408,13 @@ def _own_checkpoint(path, cfg):
         raise CheckpointError(f"{path}: not a checkpoint of this run (other settings); choose another --run, or --overwrite")
     return state
 
-# %% ../../nbs/training/loop.ipynb #253efc00
+# %% ../../nbs/training/loop.ipynb #cf93bd16
 def _run_epochs(t: Trainer, folder: RunFolder, last: Path, on_epoch):
     def save():
-        save_checkpoint(t.state(), last)
+        if is_main():
+            save_checkpoint(t.state(), last)
 
-    epochs, writer = t.cfg.train.epochs, _tensorboard(folder.path / "tb", t.epoch + 1)
+    epochs, writer = t.cfg.train.epochs, _tensorboard(folder.path / "tb", t.epoch + 1) if is_main() else None
     with contextlib.ExitStack() as stack:  # the bar ends its line before an error is printed
         bar = stack.enter_context(_bar(t, folder.path.name)) if t.progress else None
         if writer:
@@ -377,7 +433,8 @@ def _epochs(t, folder, save, epochs, bar, writer, on_epoch):
         t.history.append(row)
         if "miou" in row and (t.best is None or row["miou"] > t.best["miou"]):
             t.best = {"epoch": t.epoch, "miou": row["miou"]}
-            t.save_best(folder.path / "best.pt")
+            if is_main():
+                t.save_best(folder.path / "best.pt")
         save()
         folder.write_history(t.history)
         _report(row, epochs, bar, writer)
@@ -408,12 +465,13 @@ def _report(row, epochs, bar, writer):
     if bar is not None:
         bar.write(f"epoch {row['epoch']:>3}/{epochs}  " + "  ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.4f}" for k, v in numbers.items()))
 
-# %% ../../nbs/training/loop.ipynb #e86e11ae
+# %% ../../nbs/training/loop.ipynb #87e26390
 def _facts(t: Trainer) -> dict:
     params = sum(p.numel() for p in t.model.parameters())
     data = {"train": {"images": len(t.train_data), "fingerprint": data_fingerprint(t.train_data)},
             "val": {"images": len(t.val_data), "fingerprint": data_fingerprint(t.val_data)}}
-    return {"environment": environment(t.device), "data": data, "parameters": params, "classes": list(t.train_data.table.names)}
+    agree("their images", [part["fingerprint"] for part in data.values()])
+    return {"environment": {**environment(t.device), "processes": t.world.size}, "data": data, "parameters": params, "classes": list(t.train_data.table.names)}
 
 
 def _cost(t: Trainer) -> dict:
