@@ -273,14 +273,15 @@ def _one_line(error):
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kinds[1])
     return f"{key} is {given[1]!r}; expected {kind.replace('NoneType', 'null')}"
 
-# %% ../../nbs/training/config.ipynb #dc2db22e
+# %% ../../nbs/training/config.ipynb #94e60ec0
 _LAUNCHER = {"train_gpu", "test_gpu", "sync_bn", "print_freq", "save_freq", "save_path", "start_epoch", "resume", "evaluate", "dist_url",
              "dist_backend", "multiprocessing_distributed", "world_size", "rank", "has_prediction", "index_start", "index_step",
-             "model_path", "save_folder", "colors_path", "names_path", "split"}
+             "model_path", "save_folder", "colors_path", "names_path", "split", "use_apex", "opt_level", "keep_batchnorm_fp32", "loss_scale"}
+_SEMSEG = {"layers", "bins", "psa_type", "compact", "shrink_factor", "mask_h", "mask_w", "normalization_factor", "psa_softmax"}  # of PSPNet and PSANet
 _READ = {"data_root", "train_list", "val_list", "classes", "arch", "mode", "width_mult", "large", "loss", "train_h", "train_w", "use_msf",
          "use_mlf", "atrous3", "atrous4", "scale_min", "scale_max", "rotate_min", "rotate_max", "zoom_factor", "ignore_label", "aux_weight",
          "workers", "batch_size", "batch_size_val", "base_lr", "epochs", "power", "momentum", "weight_decay", "manual_seed", "weight",
-         "test_list", "base_size", "test_h", "test_w", "scales"}
+         "test_list", "base_size", "test_h", "test_w", "scales"} | _SEMSEG
 
 
 _NEEDED = ("data_root", "train_list", "val_list", "classes", "train_h", "train_w", "scale_min", "scale_max", "rotate_max", "batch_size",
@@ -331,18 +332,31 @@ def from_original(
         out["model"]["init"] = o["weight"]
     return out
 
-# %% ../../nbs/training/config.ipynb #d9732d38
+# %% ../../nbs/training/config.ipynb #74d05642
 def _original_model(o, where):
     arch, small = o.get("arch"), o.get("mode", "large") == "small"
+    if arch in ("psp", "psa", "pspnet", "psanet"):
+        return _semseg_model(o, where)
     if arch == "baseline":
         model = {"name": "baseline", "dilate": [1 + bool(o.get("atrous3")), 1 + bool(o.get("atrous4"))]}
     elif arch in ("mlms", "mlmsv2"):
         model = {"name": f"{arch}_{'l' if o.get('large') else 's'}", "msf": o.get("use_msf", True), "mlf": o.get("use_mlf", True)}
     else:
-        raise ConfigError(f"{where}: arch {arch!r}; this reader knows mlms, mlmsv2 and baseline")
+        raise ConfigError(f"{where}: arch {arch!r}; this reader knows mlms, mlmsv2, baseline, and semseg's psp and psa")
     if small:
         model["backbone"] = "mobilenetv3_small"
     return {**model, "width_mult": float(o.get("width_mult", 1.0))}
+
+
+def _semseg_model(o, where):
+    "semseg's options of PSPNet and PSANet are options of the preset"
+    from mlmsnet.networks.weights import semseg_model
+    try:
+        options = semseg_model(o)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
+    model = {k: options.pop(k) for k in ("name", "backbone") if k in options}
+    return {**model, "params": json.loads(json.dumps(options))}  # lists, as YAML has them
 
 
 def read_yaml(source) -> tuple[str, dict]:
