@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(sub)
     return p
 
-# %% ../nbs/cli.ipynb #c5603ff6
+# %% ../nbs/cli.ipynb #4b6ad327
 def _command(sub, name, run, help, settings=False):
     p = sub.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.takes_settings = settings
@@ -80,8 +80,10 @@ def _command(sub, name, run, help, settings=False):
 
 def _add_train(sub):
     p = _command(sub, "train", train, "Train a network. Killed and started again, the same command goes on.", settings=True)
+    p.epilog = ("on several GPUs: torchrun --nproc_per_node=4 -m mlmsnet train CONFIG --run-dir DIR\n"
+                "  (train.batch_size is that of all processes together; torchrun mistakes --run for an option of its own)")
     p.add_argument("config", nargs="?", help="a shipped config or a YAML file (an original one is understood); without it the names are listed")
-    p.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/CONFIG/seedN)")
+    p.add_argument("--run", "--run-dir", metavar="DIR", help="folder of the run (default: runs/CONFIG/seedN)")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no line per epoch")
 
@@ -93,15 +95,18 @@ def train(args, settings):
         print("configs:\n" + "\n".join(f"  {n:32} {p.read_text().splitlines()[0].lstrip('# ')}" for n, p in shipped_configs().items()))
         raise ConfigError("name one of these configs, or give a YAML file")
     cfg = parse_config(args.config, settings)
+    from mlmsnet.training.distributed import is_main
     from mlmsnet.training.loop import fit
     run = Path(args.run or Path("runs") / Path(args.config).stem / f"seed{cfg.seed}")
     record = fit(cfg, run, progress=not args.quiet, overwrite=args.overwrite)
+    if not is_main():  # one of several processes
+        return
     best = record.summary["results"]["best"]
     cost = record.summary["cost"]
     print(f"{run}: best val mIoU {best['miou']:.4f} in epoch {best['epoch']}; {cost['images_per_second']} images/s, "
           f"{cost['train_seconds'] / 60:.1f} min. Next: mlmsnet evaluate {run}")
 
-# %% ../nbs/cli.ipynb #54c4d7cf
+# %% ../nbs/cli.ipynb #2d13323a
 def _add_evaluate(sub):
     p = _command(sub, "evaluate", evaluate, "Score a network on a split, with the protocol in the config's section `eval`.", settings=True)
     p.add_argument("run", help="a run's folder (its best epoch) or a checkpoint; an original checkpoint needs --config")
@@ -119,15 +124,16 @@ def evaluate(args, settings):
     "`mlmsnet evaluate RUN [--split test] [--save DIR]`"
     from mlmsnet.evaluation.evaluate import evaluate as run_evaluation
     from mlmsnet.evaluation.evaluate import write_record
+    from mlmsnet.training.distributed import is_main, setup
     from mlmsnet.training.loop import build_dataset
     model, cfg = _load(args, settings)
     split = args.split or cfg.data.test
     data = build_dataset(cfg, split)
-    device = next(model.parameters()).device
-    result = run_evaluation(model, data, cfg.eval, device, save_dir=args.save, progress=not args.quiet, label_ids=args.label_ids,
+    device = setup(cfg.device).device  # under torchrun each process scores its share of the images
+    result = run_evaluation(model.to(device), data, cfg.eval, device, save_dir=args.save, progress=not args.quiet, label_ids=args.label_ids,
                             boundary=args.boundary, mean=model.mean, std=model.std)
     record = args.record or (Path(args.run) / f"evaluation_{Path(split).stem}.json" if Path(args.run).is_dir() else None)
-    if record:
+    if record and is_main():
         write_record(result, record, model, data, split=split, run=str(args.run), which=args.which)
         print(f"record: {record}")
 
@@ -420,7 +426,7 @@ def _data_sets(folder):
                     continue
         yield name, f"{folder / name}: {', '.join(found)}" if found else f"not in {folder / name}; see `mlmsnet data prepare {name}`"
 
-# %% ../nbs/cli.ipynb #62021186
+# %% ../nbs/cli.ipynb #2e2cd93f
 def main(argv=None) -> int:
     "Run the command; user errors are one line on stderr and exit code 2"
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -436,7 +442,9 @@ def main(argv=None) -> int:
         args.run_command(args, settings)
         return 0
     except MlmsError as e:
-        print(f"mlmsnet: error: {e}", file=sys.stderr)
+        from mlmsnet.training.distributed import tells
+        if tells(e):  # of several processes that stop together, one
+            print(f"mlmsnet: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nmlmsnet: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
