@@ -254,7 +254,7 @@ class Study:
         "The best arm that is not the base"
         return next((g for g in self.scored if g is not self.base), None)
 
-# %% ../../nbs/comparing/study.ipynb #26129aac
+# %% ../../nbs/comparing/study.ipynb #2ea81ffc
 def read_study(
     runs,  # Run folders
     base=None,  # The arm to compare with: label, factors, config hash or run folder
@@ -289,7 +289,7 @@ def read_study(
 def _why(e):
     s = e.record.summary
     if s.get("status") == "failed":
-        return str(s.get("reason") or "failed")
+        return f"failed: {s.get('reason') or 'no reason was kept'}"
     done = len(e.record.history)
     return f"not finished: {done} of {e.record.config.train.epochs} epochs" if done < e.record.config.train.epochs else "trained, not evaluated"
 
