@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['build_dataset', 'build_model', 'parameter_groups', 'build_optimizer', 'lr_factor', 'ModelEma', 'TrainingError',
-           'Trainer', 'fit', 'load_weights', 'load_trained', 'build_skeleton']
+           'Trainer', 'fit', 'load_weights', 'checkpoint_in', 'load_trained', 'build_skeleton', 'start_model',
+           'describe_start']
 
 # %% ../../nbs/training/loop.ipynb #bc43a9f6
 import contextlib
@@ -127,7 +128,7 @@ class ModelEma:
             if not s.is_floating_point():
                 s.copy_(f)
 
-# %% ../../nbs/training/loop.ipynb #79a45b44
+# %% ../../nbs/training/loop.ipynb #aa903ec0
 class TrainingError(MlmsError):
     "Training cannot go on"
 
@@ -154,9 +155,9 @@ class Trainer:
 
     def _build(self, cfg):
         seed_everything(cfg.seed)
-        model = build_model(cfg, self.train_data.num_classes)
-        if cfg.model.init:
-            load_weights(model, cfg.model.init, new_classes=True)
+        model, self.start = start_model(cfg, self.train_data.num_classes)
+        if self.start and self.progress and is_main():
+            print(describe_start(self.start))
         self.layout = torch.channels_last if cfg.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.layout)
         self.loss = create_loss(cfg.loss.name, **cfg.loss.params).to(self.device)
@@ -465,13 +466,14 @@ def _report(row, epochs, bar, writer):
     if bar is not None:
         bar.write(f"epoch {row['epoch']:>3}/{epochs}  " + "  ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.4f}" for k, v in numbers.items()))
 
-# %% ../../nbs/training/loop.ipynb #87e26390
+# %% ../../nbs/training/loop.ipynb #b1902f16
 def _facts(t: Trainer) -> dict:
     params = sum(p.numel() for p in t.model.parameters())
     data = {"train": {"images": len(t.train_data), "fingerprint": data_fingerprint(t.train_data)},
             "val": {"images": len(t.val_data), "fingerprint": data_fingerprint(t.val_data)}}
     agree("their images", [part["fingerprint"] for part in data.values()])
-    return {"environment": {**environment(t.device), "processes": t.world.size}, "data": data, "parameters": params, "classes": list(t.train_data.table.names)}
+    return {"environment": {**environment(t.device), "processes": t.world.size}, "data": data, "parameters": params, "classes": list(t.train_data.table.names),
+            "input": _plain(t.model.backbone.input_spec()), "weights": t.model.backbone.loaded, "init": t.start}
 
 
 def _cost(t: Trainer) -> dict:
@@ -486,23 +488,24 @@ def _results(t: Trainer) -> dict:
     last = {k: v for k, v in scored[-1].items() if k in ("miou", "macc", "allacc", "iou", "epoch")} if scored else None
     return {"best": t.best, "last": last}
 
-# %% ../../nbs/training/loop.ipynb #43d1c335
+# %% ../../nbs/training/loop.ipynb #5925478a
 def load_weights(
     model: nn.Module,  # The network to fill
     path,  # A checkpoint of ours, a bare state_dict, or an original checkpoint
     new_classes: bool = False,  # For fine-tuning: classifiers of another number of classes stay as they are
-):
-    "Load a checkpoint's weights strictly; a checkpoint of another network is an error that lists the keys"
+) -> list[str]:
+    "Load a checkpoint's weights strictly; returns the layers that stay new. One of another network is an error that lists the keys"
     state = load_checkpoint(path)
     state = state.get("ema") or state.get("model") or state.get("state_dict") or state
     state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}
     if any(k.startswith("layer0.") for k in state):
         load_original(model, path)
-        return
-    own = model.state_dict()
+        return []
+    own, new = model.state_dict(), []
     state = {k: v for k, v in state.items() if k in own or not k.startswith("aux")}  # an auxiliary head that this network has not
     if new_classes:  # the layers whose first size is the number of classes, there and here
-        state = {k: v if not _of_other_classes(own.get(k), v, model.num_classes) else own[k] for k, v in state.items()}
+        new = [k for k, v in state.items() if _of_other_classes(own.get(k), v, model.num_classes)]
+        state = {**state, **{k: own[k] for k in new}}
     missing = [k for k in own if k not in state and not k.startswith("aux")]
     extra = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
@@ -511,10 +514,25 @@ def load_weights(
                  for what, keys in (("missing", missing), ("not in this network", extra), ("of another shape", shapes)) if keys]
         raise CheckpointError(f"{path}: weights of another network; {'; '.join(parts)}. Check --model.name and the number of classes")
     model.load_state_dict(state, strict=False)
+    return list(dict.fromkeys(k.rpartition(".")[0] for k in [*new, *(k for k in own if k not in state)]))
 
 
 def _of_other_classes(own, there, num_classes):
     return own is not None and own.ndim and own.shape[0] == num_classes != there.shape[0] and own.shape[1:] == there.shape[1:]
+
+
+def checkpoint_in(
+    path,  # A run's folder, or a checkpoint
+    which: str = "best",  # In a folder: `best` or `last`, the other one if it is not there
+) -> Path:
+    "The checkpoint that is meant"
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [p for p in (path / f"{which}.pt", path / "best.pt", path / "last.pt") if p.exists()]
+    if not found:
+        raise CheckpointError(f"{path}: no checkpoint here (best.pt or last.pt); give a folder that `mlmsnet train` wrote")
+    return found[0]
 
 
 def load_trained(
@@ -523,12 +541,7 @@ def load_trained(
     which: str = "best",  # In a folder: `best` or `last`
 ) -> tuple[nn.Module, Config]:
     "The trained network in eval mode, and the config it was trained with"
-    path = Path(path)
-    if path.is_dir():
-        found = [p for p in (path / f"{which}.pt", path / "best.pt", path / "last.pt") if p.exists()]
-        if not found:
-            raise CheckpointError(f"{path}: no checkpoint here (best.pt or last.pt); give a folder that `mlmsnet train` wrote")
-        path = found[0]
+    path = checkpoint_in(path, which)
     state = load_checkpoint(path)
     if not isinstance(state, dict) or "config" not in state:
         raise CheckpointError(f"{path}: has no settings inside (a bare state_dict?); give its config with --config")
@@ -545,3 +558,47 @@ def build_skeleton(
 ) -> nn.Module:
     "The network of a config with random weights, its ImageNet file not needed"
     return build_model(cfg, num_classes, weights="none", **{k: tuple(v) if isinstance(v, list) else v for k, v in (wants or {}).items()})
+
+# %% ../../nbs/training/loop.ipynb #45897fb1
+def start_model(
+    cfg: Config,  # Settings
+    num_classes: int,  # Classes of the data set
+) -> tuple[nn.Module, dict | None]:
+    "The network that a run begins with; with `model.init`, also a record of what it starts from"
+    if not cfg.model.init:
+        return build_model(cfg, num_classes), None
+    path = checkpoint_in(cfg.model.init)
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or "input" not in state:  # a bare state_dict or one of the original: nothing is known of its input
+        model = build_model(cfg, num_classes)
+        return model, {"checkpoint": str(path), "new": load_weights(model, path, new_classes=True)}
+    asked = {k: v for k, v in {**vars(cfg.model), **cfg.model.params}.items() if k in state["input"] and v is not None}
+    wants = {k: v for k, v in state["input"].items() if k not in asked}
+    there = build_skeleton(parse_config(state["config"]), state["num_classes"], state["input"]).settings
+    try:
+        model = build_skeleton(cfg, num_classes, wants)
+    except ConfigError as e:
+        build_model(cfg, num_classes, weights="none")  # a mistake in this config is told as it is
+        raise CheckpointError(f"{path}: weights of another network ({there['name']} on {there['backbone']}); {e}") from None
+    new = load_weights(model, path, new_classes=True)
+    differs = {k: [_short(v), _short(model.settings[k])] for k, v in there.items()
+               if k not in ("num_classes", "weights") and k in model.settings and _short(v) != _short(model.settings[k])}
+    return model, {"checkpoint": str(path), "data": state["config"]["data"]["name"], "epoch": state["epoch"], "classes": [state["num_classes"], num_classes],
+                   "new": new, "taken_over": wants, "differs": differs, "weights_not_read": cfg.model.weights}
+
+
+def _short(v):
+    v = list(v) if isinstance(v, tuple) else v
+    return [round(x, 4) if isinstance(x, float) else x for x in v] if isinstance(v, list) else v
+
+
+def describe_start(
+    start: dict,  # From `start_model`
+) -> str:
+    "What a run starts from, in one line"
+    parts = [f"starts from {start['checkpoint']}" + (f" ({start['data']}, {start['classes'][0]} classes, epoch {start['epoch']})" if "data" in start else "")]
+    parts += [f"new: {', '.join(start['new'])}"] if start["new"] else []
+    parts += [f"taken over: {', '.join(f'{k} {_short(v)}' for k, v in start['taken_over'].items())}"] if start.get("taken_over") else []
+    parts += [f"{k}: {a} there, {b} here" for k, (a, b) in start.get("differs", {}).items()]
+    parts += [f"{start['weights_not_read']} is not read"] if start.get("weights_not_read") not in (None, "none") else []
+    return "; ".join(parts)
