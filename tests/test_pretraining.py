@@ -19,6 +19,9 @@ from mlmsnet.training.config import parse_config, shipped_configs
 from mlmsnet.training.loop import build_model, fit, load_trained
 
 
+SHORT = {"epochs": 1, "save_steps": 0}
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -41,7 +44,8 @@ def gap(a, b):
 def package_names(timm_state):
     """timm's names in those of the PyPI package, written without the library's rules."""
     flat = sorted({tuple(map(int, k.split(".")[1:3])) for k in timm_state if k.startswith("blocks.")})
-    with_expansion = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1", "conv_pwl": "_project_conv", "bn3": "_bn2"}
+    with_expansion = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
+                      "conv_pwl": "_project_conv", "bn3": "_bn2"}  # fmt: skip
     without = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
     top = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
     out = {}
@@ -204,8 +208,8 @@ def lite_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("lite")
     source = EfficientNetLiteClassifier("lite0", num_classes=4)
     torch.save(lite_file(source), root / "lite0.pth")
-    model = {"name": "mlmsv2_s", "backbone": "efficientnet_lite0", "width_mult": None, "output_stride": 32, "weights": str(root / "lite0.pth")}
-    cfg = parse_config(settings(write_data(root / "data", train=2, val=1), model=model, train={"epochs": 1, "save_steps": 0}))
+    model = {"backbone": "efficientnet_lite0", "width_mult": None, "output_stride": 32, "weights": str(root / "lite0.pth")}
+    cfg = parse_config(settings(write_data(root / "data", train=2, val=1), model=model, train=SHORT))
     return cfg, fit(cfg, root / "run", progress=False), root
 
 
@@ -228,7 +232,8 @@ def lite_file(classifier):
 def test_a_run_records_what_it_loaded_and_is_rebuilt_without_it(lite_run):
     cfg, run, root = lite_run
     summary = json.loads((run.path / "summary.json").read_text())
-    assert summary["weights"]["source"] == "efficientnet_lite" and summary["weights"]["file"] == "lite0.pth" and len(summary["weights"]["sha256"]) == 16
+    assert summary["weights"]["source"] == "efficientnet_lite" and summary["weights"]["file"] == "lite0.pth"
+    assert len(summary["weights"]["sha256"]) == 16
     assert summary["input"]["padding"] == "same_tf" and [round(255 * m) for m in summary["input"]["mean"]] == [127] * 3
     (root / "lite0.pth").rename(root / "gone.pth")
     try:
@@ -249,14 +254,14 @@ def pretraining(tmp_path_factory):
     root = tmp_path_factory.mktemp("pre")
     model = {"se_after_act": True, "padding": "same_tf", "params": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
     data = write_data(root / "data", train=2, val=1)
-    fit(parse_config(settings(data, model=model, train={"epochs": 1, "save_steps": 0})), root / "run", progress=False)
+    fit(parse_config(settings(data, model=model, train=SHORT)), root / "run", progress=False)
     return root, data
 
 
-def finetune(pretraining, tmp_path, model=(), **more):
+def finetune(pretraining, tmp_path, model=()):
     root, data = pretraining
-    sections = {"data": {"num_classes": 7}, "model": {"init": str(root / "run"), **dict(model)}, "train": {"epochs": 1, "save_steps": 0}, **more}
-    return fit(parse_config(settings(data, **sections)), tmp_path / "fine", progress=True)
+    cfg = parse_config(settings(data, data={"num_classes": 7}, model={"init": str(root / "run"), **dict(model)}, train=SHORT))
+    return fit(cfg, tmp_path / "fine", progress=True)
 
 
 def test_fine_tuning_takes_over_what_the_checkpoint_wants(pretraining, tmp_path, capsys):
@@ -264,23 +269,27 @@ def test_fine_tuning_takes_over_what_the_checkpoint_wants(pretraining, tmp_path,
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from"))
     assert "5 classes" in line and "new: head.classify" in line and "padding same_tf" in line and "mean [0.5, 0.5, 0.5]" in line
     init = json.loads((run.path / "summary.json").read_text())["init"]
-    assert init["classes"] == [5, 7] and init["taken_over"]["se_after_act"] is True and init["new"] == ["head.classify"] and not init["differs"]
+    assert init["classes"] == [5, 7] and init["new"] == ["head.classify"] and not init["differs"]
+    assert init["taken_over"]["se_after_act"] is True
     model, _ = load_trained(run.path, "cpu")
-    assert model.num_classes == 7 and model.backbone.padding == "same_tf" and model.mean == (0.5, 0.5, 0.5) and model.backbone.stem.norm.eps == 1e-3
+    assert model.num_classes == 7 and model.mean == (0.5, 0.5, 0.5)
+    assert model.backbone.padding == "same_tf" and model.backbone.stem.norm.eps == 1e-3
 
 
 def test_what_was_set_by_hand_wins_and_is_named(pretraining, tmp_path, capsys):
     hand = {"padding": "symmetric", "dilations": [2, 3], "params": {"mean": [0.4, 0.4, 0.4]}, "weights": "never_read.pth"}
     run = finetune(pretraining, tmp_path, hand)
     out = capsys.readouterr().out
-    for said in ("padding: same_tf there, symmetric here", r"mean: [0.5, 0.5, 0.5] there, [0.4, 0.4, 0.4] here", "dilations: [1, 2] there, [2, 3] here", "never_read.pth is not read"):
+    for said in ("padding: same_tf there, symmetric here", "mean: [0.5, 0.5, 0.5] there, [0.4, 0.4, 0.4] here",
+                 "dilations: [1, 2] there, [2, 3] here", "never_read.pth is not read"):  # fmt: skip
         assert said in out
     model, _ = load_trained(run.path, "cpu")
     assert model.backbone.padding == "symmetric" and model.mean == (0.4, 0.4, 0.4) and model.std == (0.25, 0.25, 0.25)
 
 
 @pytest.mark.parametrize("model,said", [
-    ({"init": "no/such/run"}, "no such checkpoint"), ({"backbone": "torchvision/resnet18", "width_mult": None, "output_stride": None}, "weights of another network"),
+    ({"init": "no/such/run"}, "no such checkpoint"),
+    ({"backbone": "torchvision/resnet18", "width_mult": None, "output_stride": None}, "weights of another network"),
     ({"name": "mlms_s"}, "weights of another network"), ({"bakbone": 1}, "Did you mean model.backbone"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(pretraining, tmp_path, model, said):
