@@ -7,9 +7,10 @@ __all__ = ['World', 'ProcessLost', 'launched', 'setup', 'is_main', 'barrier', 'b
            'everywhere', 'tells', 'connection_errors', 'SyncBatchNorm2d', 'sync_batchnorm', 'WholeBatchDropout2d',
            'Noise', 'wrap', 'share_of_batch']
 
-# %% ../../nbs/training/distributed.ipynb #61db8879
+# %% ../../nbs/training/distributed.ipynb #9a64c121
 import atexit
 import contextlib
+import inspect
 import os
 import threading
 import time
@@ -349,7 +350,7 @@ class Noise:
             stream.manual_seed(number % 2**63)
         torch.manual_seed((number + self.world.rank * 0x9E3779B1) % 2**63)  # a CPU looks at the lower 32 bits only
 
-# %% ../../nbs/training/distributed.ipynb #7564401a
+# %% ../../nbs/training/distributed.ipynb #87a6e068
 def wrap(
     model: nn.Module,  # On its device, batch norms converted
     world: World,
@@ -358,8 +359,10 @@ def wrap(
     if world.size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
-    # the batch norms' buffers are equal on all processes already
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, broadcast_buffers=False)
+    # the batch norms' buffers are equal on all processes already; newer versions of torch have another word for it
+    known = inspect.signature(DistributedDataParallel).parameters
+    quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, **quiet)
 
 
 def share_of_batch(
