@@ -180,7 +180,7 @@ def init_weights(module):
             nn.init.normal_(m.weight, 0, 0.01)
             nn.init.zeros_(m.bias)
 
-# %% ../../nbs/networks/backbones.ipynb #ca222a1c
+# %% ../../nbs/networks/backbones.ipynb #a089dd8c
 class MobileNetV3(PaddedBackbone):
     "MobileNetV3 (Howard et al. 2019) in the segmentation form of MLMSNet: the maps of its third, fourth and fifth layer"
 
@@ -193,9 +193,12 @@ class MobileNetV3(PaddedBackbone):
         se_after_act: bool = False,  # torchvision's block order; also sets `bn_eps` to 1e-3
         padding: str = "symmetric",  # or `same_tf`, which pads strided layers as TensorFlow does
         bn_eps: float | None = None,  # None follows `se_after_act`
+        finest_stride: int = 8,  # 4: the map of the second layer, too, before the others
     ):
         super().__init__()
         _check(arch, width_mult, output_stride)
+        if finest_stride not in (4, 8):
+            raise ConfigError(f"finest_stride is {finest_stride!r}; it can be 8 (the original) or 4")
         self.name, self.arch, self.se_after_act = f"mobilenetv3_{arch}", arch, se_after_act
         self.bn_eps = eps = bn_eps if bn_eps is not None else _eps(se_after_act)
         chs = make_divisible(16 * width_mult)
@@ -207,7 +210,8 @@ class MobileNetV3(PaddedBackbone):
             chs = blocks[-1].project.conv.out_channels
             self.channels.append(chs)
             self.strides.append(stride)
-        self.channels, self.strides = self.channels[1:], self.strides[1:]  # of the third, fourth and fifth layer
+        self.first = self.strides.index(finest_stride)  # the stages' maps from here on go out: layers three to five, or two to five
+        self.channels, self.strides = self.channels[self.first:], self.strides[self.first:]
         self.set_padding(padding)
         init_weights(self)
 
@@ -220,7 +224,7 @@ class MobileNetV3(PaddedBackbone):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        return maps[1:]
+        return maps[self.first:]
 
 # %% ../../nbs/networks/backbones.ipynb #007e316b
 class MobileNetV3Classifier(nn.Module):

@@ -188,7 +188,7 @@ class BaselineNet(SegModel):
     def logits(self, maps):
         return self.head(maps[-1])
 
-# %% ../../nbs/networks/mlmsnet.ipynb #6d45b7dc
+# %% ../../nbs/networks/mlmsnet.ipynb #7ff1c2a2
 @dataclass(frozen=True)
 class ModelOptions:
     "What every preset knows"
@@ -205,6 +205,7 @@ class BackboneOptions(ModelOptions):
     dilate: bool | tuple[int, int] = False  # Dilate where a stride was removed?
     se_after_act: bool | None = None  # torchvision's block order
     output_stride: int = 8  # 8, 16 or 32
+    finest_stride: int = 8  # 4: one more map, before the others
     padding: str | None = None  # symmetric or same_tf
     bn_eps: float | None = None  # ε of MobileNetV3's batch norms
 
@@ -232,7 +233,7 @@ class BaselineOptions(BackboneOptions):
     dropout: float = 0.1
     aux: bool = True
 
-# %% ../../nbs/networks/mlmsnet.ipynb #ad72aadf
+# %% ../../nbs/networks/mlmsnet.ipynb #2a704d1c
 def build_backbone(
     o: BackboneOptions,
 ) -> Backbone:
@@ -245,7 +246,7 @@ def build_backbone(
 
 
 def _library_backbone(o, source):
-    _refuse(o, ())
+    _refuse(o)
     if source == "imagenet":
         kw = {"pretrained": True} if o.backbone.startswith("timm/") else {"weights": "DEFAULT"}
     else:
@@ -259,7 +260,8 @@ def _mobilenet(o, source):
     recipe = recipe_of(source) if source else None
     after = o.se_after_act if o.se_after_act is not None else bool(recipe and recipe.se_after_act)
     eps = o.bn_eps if o.bn_eps is not None else recipe and recipe.bn_eps
-    backbone = create_backbone(o.backbone, width_mult=o.width_mult, output_stride=o.output_stride, dilate=o.dilate, se_after_act=after, bn_eps=eps)
+    backbone = create_backbone(o.backbone, width_mult=o.width_mult, output_stride=o.output_stride, finest_stride=o.finest_stride,
+                               dilate=o.dilate, se_after_act=after, bn_eps=eps)
     if source:
         LOADERS[family_of(source)](backbone, source)
     if o.padding is not None:
@@ -269,23 +271,31 @@ def _mobilenet(o, source):
 
 def _own_backbone(o, source):
     "A registered one takes those options that its builder names; `weights` is among them"
-    if o.backbone not in BACKBONES:
+    _refuse(o)
+    return create_backbone(o.backbone, weights=source, **{n: getattr(o, n) for n in _CHOICES - _not_taken(o.backbone)})
+
+
+_CHOICES = {"width_mult", "output_stride", "finest_stride", "dilate", "se_after_act", "padding"}
+
+
+def _not_taken(backbone) -> set:
+    "Those of `_CHOICES` that this backbone has not"
+    if backbone.startswith("mobilenetv3"):
+        return set()
+    if "/" in backbone:
+        return _CHOICES
+    if backbone not in BACKBONES:
         available_backbones()
-    takes = set(inspect.signature(BACKBONES[o.backbone]).parameters) & _CHOICES
-    _refuse(o, takes)
-    return create_backbone(o.backbone, weights=source, **{n: getattr(o, n) for n in takes})
+    return _CHOICES - set(inspect.signature(BACKBONES[backbone]).parameters)
 
 
-_CHOICES = {"width_mult", "output_stride", "dilate", "se_after_act", "padding"}
-
-
-def _refuse(o, taken):
+def _refuse(o):
     default = BackboneOptions()
-    changed = [n for n in sorted(_CHOICES - set(taken)) if getattr(o, n) != getattr(default, n)]
+    changed = [n for n in sorted(_not_taken(o.backbone)) if getattr(o, n) != getattr(default, n)]
     if changed:
         raise ConfigError(f"{', '.join(changed)} cannot be set for the backbone {o.backbone!r}; it is as its library made it")
 
-# %% ../../nbs/networks/mlmsnet.ipynb #8804ccbb
+# %% ../../nbs/networks/mlmsnet.ipynb #2be869b7
 MODELS = Registry("model")
 _OWN = {f.name for f in fields(BackboneOptions)}
 
@@ -300,6 +310,8 @@ def recipe(
             if not hasattr(options, key):
                 raise ConfigError(unknown("override", key, [f.name for f in fields(options)]))
         o = replace(options, **overrides)
+        if "backbone" in overrides and isinstance(o, BackboneOptions):  # what the preset chose for its own backbone, this one may not have
+            o = replace(o, **{k: getattr(BackboneOptions(), k) for k in _not_taken(o.backbone) - set(overrides)})
         model = build(o, num_classes)
         found = {k: v for k, v in model.backbone.input_spec().items() if hasattr(o, k)}
         model.settings = {"num_classes": num_classes, **asdict(replace(o, weights="none", **found))}

@@ -21,7 +21,7 @@ from ..core import ConfigError, atomic_write, nearest
 from ..data.transforms import AugmentConfig
 from ..evaluation.inference import InferenceConfig
 
-# %% ../../nbs/training/config.ipynb #0d91d1ca
+# %% ../../nbs/training/config.ipynb #924a5b17
 @dataclass(frozen=True)
 class DataConfig:
     "Which pictures"
@@ -43,6 +43,7 @@ class ModelConfig:
     backbone: str | None = None  # for example mobilenetv3_small, torchvision/resnet18, timm/...
     width_mult: float | None = None  # channels of the backbone, 1.0 or 0.75
     output_stride: int | None = None  # stride of the deepest feature: 8 (the original), 16 or 32
+    finest_stride: int | None = None  # stride of the finest feature: 8 (the original), or 4 for one more level
     msf: bool | None = None  # multi-scale fusion on or off
     mlf: bool | None = None  # multi-level fusion on or off
     wide: bool | None = None  # twice the channels after the multi-scale fusion and in the head
