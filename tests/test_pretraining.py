@@ -18,7 +18,6 @@ from mlmsnet.networks.pretrained import SOURCES, imagenet_file, load_timm, renam
 from mlmsnet.training.config import parse_config, shipped_configs
 from mlmsnet.training.loop import build_model, fit, load_trained
 
-
 SHORT = {"epochs": 1, "save_steps": 0}
 
 
