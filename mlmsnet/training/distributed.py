@@ -170,7 +170,7 @@ def mean(
     dist.all_reduce(x)
     return x / dist.get_world_size()
 
-# %% ../../nbs/training/distributed.ipynb #b2523231
+# %% ../../nbs/training/distributed.ipynb #3b71a171
 @contextlib.contextmanager
 def agreed():
     "All processes come through the block, or all raise the same `MlmsError`; inside, nobody may wait for another"
@@ -210,10 +210,14 @@ def everywhere(error: Exception) -> Exception:
 
 
 def tells(error: BaseException) -> bool:
-    "Shall this process print the error?"
+    "Shall this process print the error? One that shall not waits a little: when the first process ends, torchrun stops the others"
     if hasattr(error, "everywhere"):
-        return is_main() or not error.everywhere
-    return _several() or os.environ.get("LOCAL_RANK") in (None, "", "0")  # before they have met: once on each machine
+        speaks = is_main() or not error.everywhere
+    else:
+        speaks = _several() or os.environ.get("LOCAL_RANK") in (None, "", "0")  # before they have met: once on each machine
+    if not speaks:
+        time.sleep(2)
+    return speaks
 
 
 @contextlib.contextmanager
