@@ -243,44 +243,83 @@ def report(args, settings):
     write_report(runs, args.out, title=args.title)
     print(f"{len(runs)} runs → {args.out}")
 
-# %% ../nbs/cli.ipynb #3cab464c
+# %% ../nbs/cli.ipynb #54174dfa
 def _add_compare(sub):
-    p = _command(sub, "compare", compare, "Train a config with several losses and seeds, score them, write tables and a page. Killed, it goes on; "
-                 "started twice, the two share the work.", settings=True)
+    p = _command(sub, "compare", compare, "Train a config with several losses and seeds, or all runs of a sweep (a YAML file), score them, write tables "
+                 "and a page. Killed, it goes on; started twice, the two share the work.", settings=True)
+    p.add_argument("sweep", nargs="?", metavar="SWEEP.yaml", help="a sweep: base, grid (or arms) and seeds; in place of --losses and --config")
     p.add_argument("--losses", metavar="A,B:PARAM=X", help="losses with commas between, parameters after colons: ohem,dice_ce,focal:gamma=1; "
                    "without it they are listed")
-    p.add_argument("--config", default="minicity_losses", metavar="CONFIG", help="what all runs share: a shipped name or a YAML file (default: minicity_losses)")
-    p.add_argument("--seeds", default="0", metavar="0,1,2", help="every loss is trained with each of these (default: 0)")
-    p.add_argument("--out", default="runs/compare", metavar="DIR", help="where all of it goes (default: runs/compare)")
+    p.add_argument("--config", metavar="CONFIG", help="what all runs share: a shipped name or a YAML file (default: minicity_losses)")
+    p.add_argument("--seeds", metavar="0,1,2", help="every loss or setting is trained with each of these (default: 0, or those of the sweep)")
+    p.add_argument("--out", metavar="DIR", help="where all of it goes (default: runs/compare, or runs/NAME of the sweep)")
     p.add_argument("--plugin", metavar="FILE.py", help="a Python file that registers losses of your own; it is run")
-    p.add_argument("--images", default="240,96", metavar="TRAIN,VAL", help="MiniCity scenes to draw (default: 240,96)")
-    p.add_argument("--rarity", type=float, default=0.0, metavar="0…1", help="rare things become rarer in the scenes that are drawn (default: 0)")
+    p.add_argument("--images", metavar="TRAIN,VAL", help="MiniCity scenes to draw (default: 240,96)")
+    p.add_argument("--rarity", type=float, metavar="0…1", help="rare things become rarer in the scenes that are drawn (default: 0)")
     p.add_argument("--pictures", type=int, default=12, metavar="N", help="predictions to keep of each run (default: 12)")
     p.add_argument("--retry", action="store_true", help="try runs again that failed")
     p.add_argument("--quiet", action="store_true", help="a line per run, no bars")
+    g = p.add_argument_group("sweeps")
+    g.add_argument("--dry-run", action="store_true", help="list the runs with their hashes, factors and state; nothing is trained")
+    g.add_argument("--executor", choices=["serial", "processes", "ray"], help="where the runs go (default: serial; processes with --jobs)")
+    g.add_argument("--jobs", type=int, metavar="N", help="runs at a time, in N processes or on Ray")
+    g.add_argument("--ray", action="store_true", help="--executor ray: a Ray cluster, started on this machine unless --address names one")
+    g.add_argument("--address", metavar="ADDR", help="a Ray cluster that is there: auto, or HOST:PORT; DIR must be seen by all its nodes")
+    g.add_argument("--gpus-per-run", type=float, metavar="N", help="1, a part of one, or 0 (default: spread over the GPUs there are)")
+    g.add_argument("--cpus-per-run", type=int, metavar="N", help="threads of a run (default: cores / jobs)")
+
+# %% ../nbs/cli.ipynb #c38cb178
+_FOR_SWEEPS = ("dry_run", "executor", "jobs", "ray", "address", "gpus_per_run", "cpus_per_run")
 
 
 def compare(args, settings):
-    "`mlmsnet compare --losses ohem,dice_ce --seeds 0,1,2`"
-    from mlmsnet.comparing.compare import compare_losses, load_plugin, markdown_table
-    from mlmsnet.losses.contract import available_losses
-    for flag, instead in (("--seed", "--seeds"), ("--loss.name", "--losses"), ("--loss.params", "--losses NAME:PARAM=VALUE")):
+    "`mlmsnet compare --losses ohem,dice_ce --seeds 0,1,2`, or `mlmsnet compare ablation.yaml`"
+    from mlmsnet.comparing.compare import load_plugin
+    for flag, instead in (("--seed", "--seeds"), *((("--loss.name", "--losses"), ("--loss.params", "--losses NAME:PARAM=VALUE")) if not args.sweep else ())):
         if any(s.split("=")[0] == flag or s.startswith(f"{flag}.") for s in settings):
             raise ConfigError(f"{flag} is not for a comparison; use {instead}")
+    images = _numbers("--images", args.images) if args.images else None
+    if images and (len(images) != 2 or min(images) < 1):
+        raise ConfigError(f"--images {args.images!r}: give two numbers, training and validation scenes, for example 240,96")
     if args.plugin:
         load_plugin(args.plugin)
+    for flag in ("losses", "config") if args.sweep else _FOR_SWEEPS:
+        if getattr(args, flag) not in (None, False):
+            name = f"--{flag.replace('_', '-')}"
+            raise ConfigError(f"{name} does not go with a sweep; {args.sweep} says it" if args.sweep else f"{name} is for sweeps: mlmsnet compare SWEEP.yaml {name} …")
+    (_compare_sweep if args.sweep else _compare_losses)(args, settings, images, lambda text: print(text, flush=True))
+
+
+def _compare_losses(args, settings, images, say):
+    from mlmsnet.comparing.compare import compare_losses, markdown_table
+    from mlmsnet.losses.contract import available_losses
     if args.losses is None:
         print("losses: " + ", ".join(available_losses()))
-        raise ConfigError("name the losses to compare, for example --losses ohem,dice_ce,focal:gamma=1")
-    images = _numbers("--images", args.images)
-    if len(images) != 2 or min(images) < 1:
-        raise ConfigError(f"--images {args.images!r}: give two numbers, training and validation scenes, for example 240,96")
-    result = compare_losses(args.config, args.losses, _numbers("--seeds", args.seeds), args.out, settings, images=images, rarity=args.rarity,
-                            pictures=args.pictures, retry=args.retry, progress=not args.quiet, say=lambda text: print(text, flush=True))
+        raise ConfigError("name the losses to compare, for example --losses ohem,dice_ce,focal:gamma=1, or give a sweep (a YAML file with a grid)")
+    out = Path(args.out or "runs/compare")
+    result = compare_losses(args.config or "minicity_losses", args.losses, _numbers("--seeds", args.seeds or "0"), out, settings, images=images or (240, 96),
+                            rarity=args.rarity or 0.0, pictures=args.pictures, retry=args.retry, progress=not args.quiet, say=say)
     print(f"\n{markdown_table(result)}")
     if not any("miou" in r for r in result["runs"]):
-        raise DataError(f"every run failed; the reasons are in {Path(args.out) / 'comparison.json'}")
-    print(f"page: {Path(args.out) / 'report.html'}, numbers: {Path(args.out) / 'comparison.json'}")
+        raise DataError(f"every run failed; the reasons are in {out / 'comparison.json'}")
+    print(f"page: {out / 'report.html'}, numbers: {out / 'comparison.json'}")
+
+
+def _compare_sweep(args, settings, images, say):
+    import re
+    from mlmsnet.comparing.sweep import load_sweep, plan_table, run_sweep, sweep_table
+    sweep = load_sweep(args.sweep, settings, seeds=_numbers("--seeds", args.seeds) if args.seeds else None, images=images, rarity=args.rarity)
+    out = Path(args.out or Path("runs") / (re.sub(r"[^\w.+-]+", "-", sweep.name).strip("-") or "sweep"))
+    if args.dry_run:
+        print(plan_table(sweep, out))
+        return
+    executor = "ray" if args.ray or args.address else args.executor or ("processes" if (args.jobs or 1) > 1 else "serial")
+    result = run_sweep(sweep, out, executor=executor, jobs=args.jobs, address=args.address, gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run,
+                       retry=args.retry, plugins=[args.plugin] if args.plugin else [], pictures=args.pictures, progress=not args.quiet, say=say)
+    print(f"\n{sweep_table(result)}")
+    if not any("miou" in r for r in result["runs"]):
+        raise DataError(f"every run failed; the reasons are in {out / 'sweep.json'}")
+    print(f"page: {out / 'report.html'}, numbers: {out / 'sweep.json'}")
 
 
 def _numbers(flag, text):

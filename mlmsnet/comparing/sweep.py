@@ -8,7 +8,7 @@ __all__ = ['SWEEP_FORMAT', 'EXECUTORS', 'check_key', 'SweepRun', 'training_hash'
            'read_sweep', 'setting_table', 'sweep_table', 'write_sweep', 'plan_table', 'check_plan', 'run_sweep',
            'effect_figure']
 
-# %% ../../nbs/comparing/sweep.ipynb #5f1a4b0f
+# %% ../../nbs/comparing/sweep.ipynb #06b02fd9
 import contextlib
 import json
 import os
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -88,12 +89,18 @@ def _flat_settings(d: dict) -> dict:
         out |= {f"{k}.{n}": x for n, x in v.items()} if k in sections and isinstance(v, dict) else {k: v}
     return out
 
-# %% ../../nbs/comparing/sweep.ipynb #475db28d
+# %% ../../nbs/comparing/sweep.ipynb #d1177fbe
 def _parse(d: dict, what: str) -> Config:
     try:
-        return parse_config(d)
+        return _parse_text(json.dumps(d, default=str))
     except (ConfigError, TypeError) as e:
         raise ConfigError(f"{what}: {str(e).removeprefix('config: ')}") from None
+
+
+@lru_cache(1024)
+def _parse_text(text: str) -> Config:
+    "A sweep is expanded several times, and a config takes a while to parse"
+    return parse_config(json.loads(text))
 
 
 def _typed(base: dict, flat: dict, what: str) -> dict:
@@ -286,7 +293,7 @@ def _levels(self: Sweep) -> list:
         levels.append([({key: v}, _typed(base, {key: v}, f"{self.where}: factor {key}, value {v!r}")) for v in values])
     return levels
 
-# %% ../../nbs/comparing/sweep.ipynb #5944ceb8
+# %% ../../nbs/comparing/sweep.ipynb #60ed9033
 SWEEP_FORMAT = 1  # of sweep.yaml and sweep.json
 _PARTS = ("name", "base", "settings", "grid", "arms", "seeds", "images", "rarity")
 
@@ -340,7 +347,8 @@ def lay_over(
     for name in names:
         if name == "seed":
             raise ConfigError("--seed is not for a sweep; use --seeds")
-        if any(name == k or name.startswith(f"{k}.") or (k == "loss" and name.startswith(("loss.name", "loss.params"))) for k in sweep.factors):
+        varied = [*sweep.grid, *(k for s in sweep.arms.values() for k in s)]
+        if any(name == k or name.startswith(f"{k}.") or (k == "loss" and name.startswith(("loss.name", "loss.params"))) for k in varied):
             raise ConfigError(f"--{name} is a factor of {sweep.where}; change the grid there")
     cfg = parse_config(sweep._shared(), settings) if settings else None
     leaves = [".".join(n.split(".")[:2]) for n in names]  # --loss.params.gamma: the whole of loss.params
@@ -487,7 +495,7 @@ def check_versions(
             raise DataError(f"{path}: its config.yaml has another hash here, so it was edited, or written by another version of mlmsnet; "
                             "use that version, put the original back, or choose another --out")
 
-# %% ../../nbs/comparing/sweep.ipynb #668fb068
+# %% ../../nbs/comparing/sweep.ipynb #2bcb8577
 def _history(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -495,9 +503,9 @@ def _history(path: Path) -> list[dict]:
         return []
 
 
-def _summary(path: Path) -> dict:
+def _summary(path: Path, name: str = "summary.json") -> dict:
     try:
-        return load_json(path / "summary.json")
+        return load_json(path / name)
     except DataError:
         return {}
 
@@ -809,7 +817,7 @@ def _check_model(run: SweepRun, classes: int):
         if path and path.endswith((".pth", ".pt")) and not Path(path).is_file():
             raise ConfigError(f"{run.label}: model.{key} is {path!r}; no such file")
 
-# %% ../../nbs/comparing/sweep.ipynb #8fde8483
+# %% ../../nbs/comparing/sweep.ipynb #19057b03
 EXECUTORS = ("serial", "processes", "ray")
 
 
@@ -843,6 +851,8 @@ def run_sweep(
     spec = {"out": str(out), "runs": [r.hash for r in plan], "pictures": pictures, "plugins": [str(p) for p in plugins]}
     with Display(plan, progress, say) as display:
         _execute(executor, spec, plan, out, shares, display, dict(jobs=jobs, address=address, cpus=cpus_per_run, gpus=gpus_per_run))
+    if _summary(out, "sweep.json") == json.loads(json.dumps(read_sweep(out))) and (out / "report.html").exists():
+        return read_sweep(out)  # nothing new
     return write_sweep(out)
 
 
