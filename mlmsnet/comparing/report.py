@@ -229,7 +229,7 @@ def telling_pictures(
             out.append((heading, rows))
     return out
 
-# %% ../../nbs/comparing/report.ipynb #ffe4e98c
+# %% ../../nbs/comparing/report.ipynb #e52548ed
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1d2330, #e6e9f0); --quiet: light-dark(#5b6475, #9aa4b5); --rule: light-dark(#dde2ea, #39404d);
   --paper: light-dark(#fff, #16191f); --mark: light-dark(#eef4ff, #1e2a3f); --link: light-dark(#0b57a4, #8ab8f0) }
@@ -237,8 +237,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: .95rem; margin: 1rem 0 .3rem }
 p { margin: .3rem 0 .8rem } p.note { color: var(--quiet); font-size: .9rem } p.verdict { font-size: 1.05rem } a { color: var(--link) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }
-th, td { text-align: right; padding: .32rem .55rem; border-bottom: 1px solid var(--rule); white-space: nowrap } th { vertical-align: bottom; white-space: normal }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .8rem }
+th, td { text-align: right; padding: .28rem .34rem; border-bottom: 1px solid var(--rule); white-space: nowrap } th { vertical-align: bottom; white-space: normal }
 th.l, td.l { text-align: left } tr.best { background: var(--mark); font-weight: 600 } tr.base td:first-child::after { content: " (base)"; color: var(--quiet); font-weight: 400 }
 figure { margin: 0 0 .6rem; min-width: 0 } .figure { background: #fff; border-radius: 4px; overflow-x: auto } .figure svg { max-width: 100%; height: auto; display: block }
 figcaption { font-size: .78rem; text-align: right } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem }
@@ -246,12 +246,14 @@ figcaption { font-size: .78rem; text-align: right } .pair { display: grid; grid-
 .many { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); margin-bottom: 1.2rem } .four { grid-template-columns: repeat(4, 1fr); margin-bottom: .3rem }
 .legend span { display: inline-block; margin: 0 .8rem .2rem 0; font-size: .8rem } .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; vertical-align: -1px }
 details { margin: .4rem 0 } pre { overflow-x: auto; font-size: .8rem; padding: .6rem; border: 1px solid var(--rule); border-radius: 4px } li { overflow-wrap: anywhere }
-@media (max-width: 40rem) { .wide svg { max-width: none; width: 46rem } .four { grid-template-columns: repeat(2, 1fr) } }
+@media (max-width: 40rem) { .wide svg { max-width: none; width: 46rem } .four { grid-template-columns: repeat(2, 1fr) } .rows { min-width: 44rem }
+  td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper) } tr.best td:first-child { background: var(--mark) } }
 @media print { @page { size: A4; margin: 12mm }
   :root { color-scheme: light } body { margin: 0; padding: 0; max-width: none; font-size: 10.5px; line-height: 1.35 } details, figcaption { display: none }
   h1 { font-size: 17px } h2 { font-size: 12px; margin: .7rem 0 .2rem; break-after: avoid } h3 { break-after: avoid } p { margin: .15rem 0 .3rem } p.verdict { font-size: 11.5px }
+  p.note, li, .pictures div, .legend span { font-size: 9.5px } ul { margin: 0; padding-left: 1.2rem } h2 + p.note { break-after: avoid }
   table { font-size: 9px; break-inside: avoid } th, td { padding: .12rem .3rem } tr, figure, .pictures, li { break-inside: avoid } .scroll, .figure { overflow: visible }
-  .pair { grid-template-columns: 1fr 1fr; gap: 0 1rem } .pair.one { grid-template-columns: 1fr } .pair.one svg { max-height: 62mm } .details { break-before: page } a { color: inherit; text-decoration: none } }
+  .pair { grid-template-columns: 1fr 1fr; gap: 0 1rem } .pair.one { grid-template-columns: 1fr } .pair.one svg { max-height: 60mm } .wide svg { max-height: 105mm } .details { break-before: page } a { color: inherit; text-decoration: none } }
 """
 
 _PAGE = """{% macro table(t) %}<div class="scroll"><table><thead><tr>{% for c in t.columns %}<th{% if c in t.words %} class="l"{% endif %}>{{ c }}</th>{% endfor %}</tr></thead><tbody>
@@ -284,10 +286,10 @@ _PAGE = """{% macro table(t) %}<div class="scroll"><table><thead><tr>{% for c in
 {{ figure("boundary", True) }}
 {% endif %}{% if pictures %}<h2>What does it look like?</h2>
 <p class="note">Scenes where the best arm does badly, middling and well, by pixel accuracy{% if several %}; first seed{% endif %}. Void is black.</p>
-{% if heads|length <= 6 %}<div class="pictures" style="grid-template-columns: repeat({{ heads|length }}, 1fr)">
+{% if heads|length <= 6 %}<div class="scroll"><div class="pictures rows" style="grid-template-columns: repeat({{ heads|length }}, minmax(0, 1fr))">
 {% for h in heads %}<div>{{ h }}</div>{% endfor %}
 {% for row in pictures %}{% for p in row %}<img src="{{ p }}" alt="{{ heads[loop.index0] }}, scene {{ loop.index }}">{% endfor %}{% endfor %}
-</div>{% else %}{% for row in pictures %}<div class="pictures many">
+</div></div>{% else %}{% for row in pictures %}<div class="pictures many">
 {% for p in row %}<div><img src="{{ p }}" alt="{{ heads[loop.index0] }}">{{ heads[loop.index0] }}</div>{% endfor %}</div>{% endfor %}{% endif %}
 <p class="legend">{% for name, color in legend %}<span><i style="background: rgb{{ color }}"></i>{{ name }}</span>{% endfor %}</p>{% endif %}
 {% if worst or telling %}<h2>Where does it fail, and where do arms differ?</h2>
@@ -305,15 +307,15 @@ _PAGE = """{% macro table(t) %}<div class="scroll"><table><thead><tr>{% for c in
 </body></html>
 """
 
-# %% ../../nbs/comparing/report.ipynb #2cd9c3a6
-_PER_CENT = ("mIoU", "mAcc", "allAcc", "rare classes", "boundary IoU")
+# %% ../../nbs/comparing/report.ipynb #99675a95
+_PER_CENT = ("mIoU", "mAcc", "allAcc", "rare classes", "boundary IoU", "rare", "boundary")
 _SIGNS = {"beyond noise": "●", "within the noise": "○", "unknown: one seed": "◌"}
 
 
 def _cell(key, value):
     if isinstance(value, Comparison):
-        interval = f" [{100 * value.images.low:+.2f}, {100 * value.images.high:+.2f}]" if value.images else ""
-        return f"{100 * value.difference:+.2f}{interval} {_SIGNS[value.verdict]}"
+        interval = f" [{_signed(value.images.low, 1)}, {_signed(value.images.high, 1)}]" if value.images else ""
+        return f"{_signed(value.difference, 2)}{interval} {_SIGNS[value.verdict]}"
     if isinstance(value, dict):
         return "–" if value["mean"] is None else f"{100 * value['mean']:.2f}" + ("" if value["sd"] is None else f" ± {100 * value['sd']:.2f}")
     if value is None:
@@ -323,13 +325,17 @@ def _cell(key, value):
     return f"{value:.2f}" if key in ("params (M)", "GMACs") else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
+def _signed(value, digits):
+    return f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
 def _table(rows, best=True):
     columns = list(rows[0])
     words = [c for c in columns if c in ("run", "arm", "image", "status") or columns.index(c) < columns.index("mIoU")] if "mIoU" in columns else columns[:1]
     kinds = [" ".join(["best"] * (best and i == 0 and len(rows) > 1) + ["base"] * (r.get("vs base") == "base")) for i, r in enumerate(rows)]
     return {"columns": columns, "words": words, "rows": [{"kind": k, "cells": ["–" if v == "base" else _cell(c, v) for c, v in r.items()]} for k, r in zip(kinds, rows)]}
 
-# %% ../../nbs/comparing/report.ipynb #ca1dd0de
+# %% ../../nbs/comparing/report.ipynb #77183ddf
 def headline(study: Study) -> str:
     "The answer in one sentence, from the numbers of the table"
     best = study.scored[0]
@@ -338,10 +344,10 @@ def headline(study: Study) -> str:
     c = study.comparisons.get(arm.label) if arm else None
     if c is None:
         return text + "."
-    who = f"the next, {arm.label}, is at" if best is study.base else "this is"
-    spread = f" ({100 * c.images.level:.0f} % interval over images {100 * c.images.low:+.1f} to {100 * c.images.high:+.1f})" if c.images else ""
+    who = f"the next, {arm.label}, is" if best is study.base else "this is"
+    spread = f" ({100 * c.images.level:.0f} % interval over images {_signed(c.images.low, 1)} to {_signed(c.images.high, 1)})" if c.images else ""
     floor = f"; noise floor {100 * c.floor.floor:.1f}" if c.floor else "; one seed, so the noise floor is unknown"
-    return f"{text}{', the base' if best is study.base else ''}; {who} {100 * c.difference:+.1f} points against the base{spread}{floor}: {c.verdict}."
+    return f"{text}{', the base' if best is study.base else ''}; {who} {_signed(c.difference, 1)} points from the base{spread}{floor}: {c.verdict}."
 
 
 def _subtitle(study):
@@ -363,7 +369,7 @@ def _protocol(study):
     return (f"{scored}; {how}{', flipped copy averaged' if e.flip else ''}{', scales ' + str(list(e.scales)) if tuple(e.scales) != (1.0,) else ''}. "
             f"mIoU, mAcc and allAcc in per cent, from one confusion matrix over the split. "
             + ("One seed: differences of a point or two are noise." if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds.")
-            + (" Rare classes: mean IoU of those with less than 1 % of the labelled pixels." if any("share" in (x.metrics or {}) for x in entries) else ""))
+            + (" Rare: mean IoU of the classes with less than 1 % of the labelled pixels." if any("share" in (x.metrics or {}) for x in entries) else ""))
 
 
 def _luck(study):
@@ -378,7 +384,7 @@ def _luck(study):
     floor = study.floor
     text += (f" Noise floor: {100 * floor.floor:.2f} points, from the base's {floor.df + 1} seeds" + (f"; {pool}" if pool else "") + "." if floor
              else " The base has one seed, so its noise floor is unknown" + (f"; it would be {pool}." if pool else "."))
-    return [text + " ● beyond noise: larger than the floor, and the interval leaves out zero. ○ within it." + ("" if floor else " ◌ cannot be told from one seed.")]
+    return [text + " ● beyond noise: larger than the floor" + (", and the interval leaves out zero" if c.images else "") + ". ○ within it." + ("" if floor else " ◌ cannot be told from one seed.")]
 
 
 def _machine(study):
@@ -443,7 +449,7 @@ def _drawn(study, path, folder):
         out[name] = {"svg": svg, "href": href}
     return out
 
-# %% ../../nbs/comparing/report.ipynb #9d75f076
+# %% ../../nbs/comparing/report.ipynb #b60150f2
 def _dataset(study):
     "What the first run's config says; None where it is not here"
     from mlmsnet.training.loop import build_dataset
@@ -472,7 +478,7 @@ def _pair_names(study):
 
 def _worst(study):
     names = _pair_names(study)
-    return [(heading, _table([{"image": r["name"], names[0]: f"{100 * r['base']:.1f}", names[1]: f"{100 * r['arm']:.1f}", "Δ": f"{100 * (r['arm'] - r['base']):+.1f}"} for r in rows], best=False))
+    return [(heading, _table([{"image": r["name"], names[0]: f"{100 * r['base']:.1f}", names[1]: f"{100 * r['arm']:.1f}", "Δ": _signed(r['arm'] - r['base'], 1)} for r in rows], best=False))
             for heading, rows in telling_images(study, 5).items() if rows]
 
 # %% ../../nbs/comparing/report.ipynb #82b25367

@@ -399,7 +399,7 @@ def seed_table(
                      "seeds": scores["mIoU"]["n"], "min per run": g.cost("min"), "failed": "; ".join(failed) or "no"})
     return rows
 
-# %% ../../nbs/comparing/study.ipynb #6f680cf1
+# %% ../../nbs/comparing/study.ipynb #28695baa
 def board(
     study: Study,
 ) -> list[dict]:
@@ -410,7 +410,7 @@ def board(
         who = {names[k]: factor_value(g.factors[k]) if k in g.factors else "–" for k in keys} or {"arm": g.label}
         against = {"vs base": "base" if g is study.base else study.comparisons.get(g.label)} if study.comparisons else {}
         macs, params, ms = g.cost("macs"), g.cost("params"), g.cost("latency")
-        rows.append({**who, "mIoU": scores["mIoU"], **against, **{k: scores[k] for k in _SCORES if k in scores and k != "mIoU"},
+        rows.append({**who, "mIoU": scores["mIoU"], **against, **{k.split(" ")[0]: scores[k] for k in _SCORES if k in scores and k != "mIoU"},
                      "seeds": f"{scores['seeds']}" if scores["seeds"] == len(g.entries) else f"{scores['seeds']} of {len(g.entries)}",
                      "params (M)": params and params / 1e6, "GMACs": macs and macs / 1e9, "ms/image": ms and 1000 * ms, "min": scores["min per run"]})
     return [{k: v for k, v in r.items() if k in ("mIoU", "vs base") or any(o.get(k) is not None for o in rows)} for r in rows]
