@@ -176,7 +176,7 @@ def _normalised(model, o):
 register_model("lraspp", *_torchvision("lraspp_mobilenet_v3_large"))
 register_model("deeplabv3_mobilenet", *_torchvision("deeplabv3_mobilenet_v3_large"))
 
-# %% ../../nbs/networks/rivals.ipynb #d74ddc74
+# %% ../../nbs/networks/rivals.ipynb #5450f036
 def _library(module, name, package):
     try:
         return importlib.import_module(module)
@@ -243,11 +243,12 @@ class SmpNet(LibraryNet):
 
 def _sizes_for(net, stride):
     "(multiple, least) of the sizes that `net` can take, found by trying"
-    for least in (32, 64, 128, 256):
-        for multiple in (stride, 2 * stride):
+    for multiple in (stride, 2 * stride):
+        for least in (32, 64, 128, 256):
             side = -(-least // multiple) * multiple
             try:
-                _trial(net, net, (side, side + multiple))
+                for wider in (0, multiple):
+                    _trial(net, net, (side, side + wider))
                 return multiple, side
             except (RuntimeError, ValueError, AssertionError) as e:
                 why = e
@@ -426,7 +427,7 @@ def _timm(name):
         return _normalised(model, o)
     return TimmOptions(), build
 
-# %% ../../nbs/networks/rivals.ipynb #5c6d13e8
+# %% ../../nbs/networks/rivals.ipynb #da71e98c
 def _timm_encoder(name, o):
     "(encoder, the multiple that sizes must be padded to), found by trying"
     file = None if o.weights in ("none", "imagenet", None, "") else o.weights
@@ -445,8 +446,9 @@ def _timm_encoder(name, o):
 
 
 def _fits(encoder, multiple):
-    "Does an image of odd sizes, padded to `multiple`, give maps of the declared shapes?"
-    h, w = (-(-n // multiple) * multiple for n in (75, 107))
+    "Does an image whose sides are two different multiples (odd sizes if it is 1) give maps of the declared shapes?"
+    h = -(-75 // multiple) * multiple
+    w = h + max(multiple, 32)
     try:
         maps = _trial(encoder.features, encoder, (h, w))
     except (RuntimeError, AssertionError, ValueError):
