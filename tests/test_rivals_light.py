@@ -1,4 +1,4 @@
-"""One contract for every light preset, and the networks of libraries: torchvision's numbers, smp and timm by name, weights, errors that say what to do."""
+"""One contract for every light preset, and the networks of libraries: torchvision's numbers, smp and timm by name, weights, errors."""
 import importlib.util
 import sys
 import warnings
@@ -168,7 +168,9 @@ def test_wrong_names_are_answered_with_the_nearest(name, options, says):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name,module,package", [("smp/Unet", "segmentation_models_pytorch", "segmentation-models-pytorch"), ("timm/resnet18", "timm", "timm")])
+@pytest.mark.parametrize("name,module,package", [
+    ("smp/Unet", "segmentation_models_pytorch", "segmentation-models-pytorch"), ("timm/resnet18", "timm", "timm"),
+])  # fmt: skip
 def test_a_missing_package_is_named(monkeypatch, name, module, package):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(ConfigError, match=f"pip install {package}"):
@@ -177,11 +179,11 @@ def test_a_missing_package_is_named(monkeypatch, name, module, package):
 
 def test_smp_gives_its_own_numbers_and_normalisation(tmp_path):
     smp = pytest.importorskip("segmentation_models_pytorch")
-    theirs = smp.FPN("tu-mobilenetv3_small_050", encoder_weights=None, classes=4, decoder_pyramid_channels=32, decoder_segmentation_channels=32).eval()
+    encoder, small = "tu-mobilenetv3_small_050", {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32}
+    theirs = smp.FPN(encoder, encoder_weights=None, classes=4, **small).eval()
     torch.save(theirs.state_dict(), tmp_path / "fpn.pt")
-    small = {"encoder": "tu-mobilenetv3_small_050", "decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32}
-    ours = create_model("smp/FPN", 4, weights=str(tmp_path / "fpn.pt"), **small).eval()
-    wants = smp.encoders.get_preprocessing_params("tu-mobilenetv3_small_050")
+    ours = create_model("smp/FPN", 4, encoder=encoder, weights=str(tmp_path / "fpn.pt"), **small).eval()
+    wants = smp.encoders.get_preprocessing_params(encoder)
     assert ours.mean == tuple(wants["mean"]) and ours.std == tuple(wants["std"])
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():

@@ -6,10 +6,11 @@
 __all__ = ['LibraryNet', 'TorchvisionEncoder', 'TorchvisionNet', 'load_torchvision_segmentation', 'TorchvisionOptions',
            'SmpEncoder', 'SmpNet', 'SmpOptions', 'LRASPPHead', 'TimmEncoder', 'TimmNet', 'TimmOptions', 'library_model']
 
-# %% ../../nbs/networks/rivals.ipynb #e563b445
+# %% ../../nbs/networks/rivals.ipynb #ee9a0223
 import importlib
 import inspect
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +265,7 @@ def _freeze_idle(model, side):
         p.requires_grad_(g is not None)
     model.train(was)
 
-# %% ../../nbs/networks/rivals.ipynb #cdca7240
+# %% ../../nbs/networks/rivals.ipynb #24c0d8b1
 @dataclass(frozen=True)
 class SmpOptions(ModelOptions):
     "What every smp network has; the rest is read from smp's class. `weights`: imagenet, another name that smp knows, or a file"
@@ -291,22 +292,22 @@ def _smp(name):
 
 
 def _build_smp(smp, cls, o, num_classes, more):
-    named = _check_encoder(smp, o)
+    named, what = _check_encoder(smp, o), f"smp/{cls.__name__} with encoder {o.encoder}"
     said = (True if o.encoder.startswith("tu-") else o.weights) if named else None
-    what = f"smp/{cls.__name__} with encoder {o.encoder}"
-    for i, extra in enumerate(({}, {"dynamic_img_size": True})):  # a ViT takes other sizes than its own if told so
+
+    def make(**extra):
+        new = partial(cls, encoder_name=o.encoder, encoder_weights=said, classes=num_classes, **more, **extra, **o.encoder_options)
+        return SmpNet(download(new, f"the weights {o.weights!r} of {what}") if named else new(), o.encoder, num_classes, o.aux)
+
+    try:
         try:
-            def make(extra=extra):
-                return cls(encoder_name=o.encoder, encoder_weights=said, classes=num_classes, **more, **extra, **o.encoder_options)
-            net = download(make, f"the weights {o.weights!r} of {what}") if named else make()
-            model = SmpNet(net, o.encoder, num_classes, o.aux)
-            break
-        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError) as e:
-            if isinstance(e, ConfigError):
-                raise
-            first = first if i else e
-            if i or not isinstance(e, AssertionError):
-                raise ConfigError(f"{what} cannot be built: {(str(first).splitlines() or [''])[0][:200]}") from None
+            model = make()
+        except AssertionError:
+            model = make(dynamic_img_size=True)  # a ViT takes other sizes than its own if told so
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"{what} cannot be built: {(str(e).splitlines() or [''])[0][:200]}") from None
     if o.weights not in ("none", None, "") and not named:
         _load_smp(model, o.weights)
     _smp_normalisation(smp, model.backbone, o, named)
@@ -314,7 +315,7 @@ def _build_smp(smp, cls, o, num_classes, more):
         model.backbone.loaded = {"source": f"smp {o.encoder}", "file": str(o.weights)}
     return model
 
-# %% ../../nbs/networks/rivals.ipynb #e9abe384
+# %% ../../nbs/networks/rivals.ipynb #2bc29c08
 def _check_encoder(smp, o) -> bool:
     "Is `o.weights` a name of smp's (and not a file)? An encoder that does not exist is an error"
     if o.encoder.startswith("tu-"):
@@ -332,7 +333,7 @@ def _smp_normalisation(smp, backbone, o, named):
     "mean and std from smp's record of the encoder; random weights want none in particular"
     if o.weights not in ("none", None, "") and not (o.mean and o.std):
         mend = "give them: mean=(…), std=(…)"
-        fetch = lambda: smp.encoders.get_preprocessing_params(o.encoder, o.weights if named else "imagenet")  # noqa: E731
+        fetch = partial(smp.encoders.get_preprocessing_params, o.encoder, o.weights if named else "imagenet")
         wants = download(fetch, f"mean and std of the encoder {o.encoder}", mend)
         if wants["input_space"] != "RGB":
             raise ConfigError(f"encoder {o.encoder} wants {wants['input_space']} images; ours are RGB, take another")
