@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LibraryNet', 'TorchvisionEncoder', 'TorchvisionNet', 'load_torchvision_segmentation', 'TorchvisionOptions',
-           'SmpEncoder', 'SmpNet', 'SmpOptions', 'LRASPPHead', 'TimmEncoder', 'TimmNet', 'TimmOptions', 'library_model']
+           'SmpEncoder', 'SmpNet', 'SmpOptions', 'LRASPPHead', 'TimmEncoder', 'HeadNet', 'HeadOptions', 'TimmOptions',
+           'library_model']
 
-# %% ../../nbs/networks/rivals.ipynb #ee9a0223
+# %% ../../nbs/networks/rivals.ipynb #73fa8750
 import importlib
 import inspect
 from dataclasses import dataclass, field, make_dataclass
@@ -15,12 +16,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from ..core import CheckpointError, ConfigError, nearest, unknown
 from .backbones import Backbone, TimmBackbone, download
 from .fusion import SegHead
 from .layers import ConvNormAct, cure_batchnorm
-from .mlmsnet import ModelOptions, SegModel, recipe, register_model
+from .mlmsnet import BackboneOptions, ModelOptions, SegModel, on_backbone, recipe, register_model
 from .pretrained import load_strict, read_state
 
 # %% ../../nbs/networks/rivals.ipynb #72cf5f07
@@ -374,7 +376,7 @@ class LRASPPHead(nn.Module):
         y = self.classify_high(y)  # before the resizing: both are linear, and classes are fewer than channels
         return self.classify_low(low) + F.interpolate(y, size=low.shape[-2:], mode="bilinear", align_corners=False)
 
-# %% ../../nbs/networks/rivals.ipynb #1a7e1ed8
+# %% ../../nbs/networks/rivals.ipynb #576c89e3
 class TimmEncoder(TimmBackbone):
     "A timm encoder whose maps are always N C H W"
 
@@ -383,22 +385,25 @@ class TimmEncoder(TimmBackbone):
         return [m if m.shape[1] == c else m.permute(0, 3, 1, 2) for m, c in zip(maps, self.channels)]  # Swin has channels last
 
 
-class TimmNet(LibraryNet):
-    "A timm encoder with a light head"
+class HeadNet(LibraryNet):
+    "One head of three on any backbone"
 
     def __init__(
         self,
         backbone: Backbone,
         num_classes: int,
-        head: str = "lraspp",  # or `conv`: a 3×3 layer on the deepest map, as in `baseline`
+        head: str = "lraspp",  # `aspp`: torchvision's head of DeepLabV3; `conv`: a 3×3 layer, as in `baseline`; both on the deepest map
         dropout: float = 0.1,
         aux: bool = False,
+        dilations: tuple[int, ...] = (12, 24, 36),  # Of `aspp`, in cells of the deepest map
     ):
         super().__init__(backbone, num_classes, aux, dropout)
-        if head not in ("lraspp", "conv"):
-            raise ConfigError(unknown("head", head, ("lraspp", "conv")))
+        if head not in ("lraspp", "aspp", "conv"):
+            raise ConfigError(unknown("head", head, ("lraspp", "aspp", "conv")))
         deep = self.channels[-1]
         self.head = LRASPPHead(self.channels[0], deep, num_classes) if head == "lraspp" else SegHead(deep, 128, num_classes, dropout)
+        if head == "aspp":
+            self.head = cure_batchnorm(DeepLabHead(deep, num_classes, tuple(dilations)))
 
     def encode(self, x):
         maps = self.backbone.features(x)
@@ -408,6 +413,20 @@ class TimmNet(LibraryNet):
         return self.head(maps[0], maps[-1]) if isinstance(self.head, LRASPPHead) else self.head(maps[-1])
 
 
+@dataclass(frozen=True)
+class HeadOptions(BackboneOptions):
+    "What can be changed in `lraspp_head` and `deeplabv3_head`: the two heads on any backbone, for comparisons in which the head alone changes"
+    output_stride: int = 16
+    head: str = "lraspp"
+    dropout: float = 0.1
+    aux: bool = False
+    dilations: tuple[int, ...] = (6, 12, 18)
+
+
+register_model("lraspp_head", HeadOptions(), on_backbone(HeadNet))
+register_model("deeplabv3_head", HeadOptions(head="aspp"), on_backbone(HeadNet))
+
+# %% ../../nbs/networks/rivals.ipynb #be9b8de5
 @dataclass(frozen=True)
 class TimmOptions(ModelOptions):
     "What can be changed around a timm encoder; `weights`: imagenet (timm's own) or a file"
@@ -422,7 +441,7 @@ def _timm(name):
 
     def build(o, num_classes):
         encoder, multiple = _timm_encoder(name, o)
-        model = TimmNet(encoder, num_classes, o.head, o.dropout, o.aux)
+        model = HeadNet(encoder, num_classes, o.head, o.dropout, o.aux)
         model.multiple = multiple
         _freeze_idle(model, -(-64 // multiple) * multiple)
         return _normalised(model, o)
