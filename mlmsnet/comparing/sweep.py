@@ -8,7 +8,7 @@ __all__ = ['SWEEP_FORMAT', 'EXECUTORS', 'check_key', 'SweepRun', 'training_hash'
            'read_sweep', 'setting_table', 'sweep_table', 'write_sweep', 'plan_table', 'check_plan', 'run_sweep',
            'effect_figure']
 
-# %% ../../nbs/comparing/sweep.ipynb #06b02fd9
+# %% ../../nbs/comparing/sweep.ipynb #e51a4329
 import contextlib
 import json
 import os
@@ -37,7 +37,7 @@ from ..evaluation.inference import InferenceConfig
 from ..training.config import (Config, check_keys, config_hash, differences, parse_config, read_yaml, save_config, shipped_configs, to_dict,
                                      valid_keys)
 from ..training.loop import TrainingError, build_dataset, build_skeleton, fit
-from ..training.records import FORMAT, find_runs, load_run
+from ..training.records import FORMAT, RunRecord, find_runs
 
 # %% ../../nbs/comparing/sweep.ipynb #56323d65
 _OPEN = ("loss.params.", "model.params.")  # dictionaries whose keys the config does not know
@@ -293,7 +293,7 @@ def _levels(self: Sweep) -> list:
         levels.append([({key: v}, _typed(base, {key: v}, f"{self.where}: factor {key}, value {v!r}")) for v in values])
     return levels
 
-# %% ../../nbs/comparing/sweep.ipynb #60ed9033
+# %% ../../nbs/comparing/sweep.ipynb #fba9dc9c
 SWEEP_FORMAT = 1  # of sweep.yaml and sweep.json
 _PARTS = ("name", "base", "settings", "grid", "arms", "seeds", "images", "rarity")
 
@@ -327,7 +327,7 @@ def load_sweep(
         if key not in _PARTS:
             near = nearest(key, _PARTS)
             raise ConfigError(f"{path}: a sweep has no {key!r}.{f' Did you mean {near[0]}?' if near else ''} Valid: {', '.join(_PARTS)}")
-    if "base" not in d:
+    if d.get("base") is None:
         raise ConfigError(f"{path}: base is missing; name a shipped config ({', '.join(shipped_configs())}), a file, or give settings")
     beside = path.parent / str(d["base"])
     if isinstance(d["base"], str) and d["base"] not in shipped_configs() and not Path(d["base"]).exists() and beside.is_file():
@@ -681,7 +681,7 @@ def last_words(run: SweepRun, history: list[dict]) -> str:
     names = {"loss": "loss", "miou": "mIoU"}
     return ", ".join([f"epoch {history[-1]['epoch']}/{run.cfg.train.epochs}", *(f"{n} {history[-1][k]:.4f}" for k, n in names.items() if k in history[-1])])
 
-# %% ../../nbs/comparing/sweep.ipynb #67b6a001
+# %% ../../nbs/comparing/sweep.ipynb #ff201858
 def read_sweep(
     out,  # Folder of a sweep
 ) -> dict:
@@ -701,11 +701,12 @@ def _row(run: SweepRun, out: Path) -> dict:
            "path": run.path.relative_to(out).as_posix()}
     if not (run.path / "config.yaml").exists():
         return row
-    record = load_run(run.path)
+    record = RunRecord(run.path, run.cfg, _summary(run.path), _history(run.path))
     more = {k: record.summary.get(k) for k in ("trained_in", "cost", "parameters")}
-    found = run_result(record, run.record if run.done() else run.path / "none")
-    status = "finished" if run.done() else found["status"] if found["status"] in ("failed", "running") else "open"
-    return {**found, **row, **{k: v for k, v in more.items() if v is not None}, "status": status, **({"epochs": len(record.history)} if not run.done() else {})}
+    done = run.done()
+    found = run_result(record, run.record if done else run.path / "none")
+    status = "finished" if done else found["status"] if found["status"] in ("failed", "running") else "open"
+    return {**found, **row, **{k: v for k, v in more.items() if v is not None}, "status": status, **({"epochs": len(record.history)} if not done else {})}
 
 
 def _base_of(sweep: Sweep, family: list[SweepRun]) -> dict:
