@@ -30,7 +30,7 @@ from ..evaluation.evaluate import load_prediction, prediction_path
 # %% ../../nbs/comparing/report.ipynb #f1fa22ba
 _all_ = ["Entry", "Group", "Study", "collect", "group_seeds", "leaderboard", "read_study", "seed_table", "short_labels"]  # who writes reports needs them, too
 
-# %% ../../nbs/comparing/report.ipynb #c2073d7f
+# %% ../../nbs/comparing/report.ipynb #d12a963f
 def curves_figure(
     entries: list[Entry],
     groups: list[Group] | None = None,  # Default: made of the entries
@@ -81,7 +81,7 @@ def figure_svg(
     out = io.StringIO()
     with rc_context({"svg.hashsalt": "mlmsnet", "svg.fonttype": "none"}):
         fig.savefig(out, format="svg", metadata={"Date": None})
-    svg = out.getvalue()[out.getvalue().index("<svg"):]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg"):], flags=re.S)
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg) if name else svg
 
 # %% ../../nbs/comparing/report.ipynb #ea497819

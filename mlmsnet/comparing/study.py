@@ -173,14 +173,14 @@ class Group:
             return mean_sd([c["train_seconds"] / 60 for e in self.entries if (c := e.record.summary.get("cost"))])["mean"]
         return next((v for e in self.entries if (v := e.cost.get(key)) is not None), None)
 
-# %% ../../nbs/comparing/study.ipynb #00f1f158
+# %% ../../nbs/comparing/study.ipynb #5562650c
 def group_seeds(
     entries: list[Entry],
     factors: Mapping | None = None,  # Run folder -> its factors, where they are known
 ) -> list[Group]:
     "Groups, best mean mIoU first"
     if factors:
-        groups = _groups_by_factors(entries, {str(Path(k)): dict(v) for k, v in factors.items()})
+        groups = _groups_by_factors(entries, {Path(k).resolve(): dict(v) for k, v in factors.items()})
     elif len({e.record.config.seed for e in entries}) == 1:
         groups = [Group(e.label, [e]) for e in entries]
     else:
@@ -195,7 +195,7 @@ def _groups_by_factors(entries, factors):
     "Runs of equal factors; those without any are named by their folder"
     found, keys = {}, {}
     for e in entries:
-        own = {k: v for k, v in factors.get(str(e.record.path), {}).items() if k != "seed"}
+        own = {k: v for k, v in factors.get(Path(e.record.path).resolve(), {}).items() if k != "seed"}
         name = json.dumps(own, sort_keys=True, default=str) if own else str(e.record.path)
         found.setdefault(name, Group("", [], own)).entries.append(e)
     for g in found.values():
@@ -254,7 +254,7 @@ class Study:
         "The best arm that is not the base"
         return next((g for g in self.scored if g is not self.base), None)
 
-# %% ../../nbs/comparing/study.ipynb #2ea81ffc
+# %% ../../nbs/comparing/study.ipynb #82001518
 def read_study(
     runs,  # Run folders
     base=None,  # The arm to compare with: label, factors, config hash or run folder
@@ -278,7 +278,7 @@ def read_study(
     groups = group_seeds(entries, factors)
     named = {id(e): f"{g.label}, seed {e.record.config.seed}" for g in groups for e in g.entries}
     failed = [(named[id(e)], _why(e)) for g in groups for e in g.entries if not e.metrics]
-    known = {str(e.record.path) for e in entries}
+    known = {str(e.record.path) for e in entries}  # a record knows better why it has no result
     study = Study(groups, None, {}, failed + [(Path(k).name, v) for k, v in lost.items() if k not in known], notes)
     if base is not None and groups:
         study.base = find_base(groups, base)
@@ -311,11 +311,14 @@ def _compare(study, pooled, resamples):
     if not study.base.score["n"]:
         study.notes.append(f"The base {study.base.label} has no result yet, so there are no differences.")
         return
-    try:
-        study.comparisons = compare_to_base(arms, study.base.label, pooled=pooled, resamples=resamples)
-    except DataError as e:
-        study.notes.append(f"No intervals over images: {e}.")
-        study.comparisons = compare_to_base({k: Arm(a.values) for k, a in arms.items()}, study.base.label, pooled=pooled)
+    plain = {k: Arm(a.values) for k, a in arms.items()}
+    study.comparisons = compare_to_base(plain, study.base.label, pooled=pooled)
+    for label in study.comparisons:
+        pair = {k: arms[k] for k in (study.base.label, label)}
+        try:
+            study.comparisons[label] = compare_to_base({**plain, **pair}, study.base.label, pooled=pooled, resamples=resamples)[label]
+        except DataError as e:  # another split, or labels of another size
+            study.notes.append(f"{label}: no interval over images, {e}.")
 
 # %% ../../nbs/comparing/study.ipynb #90208eb5
 def find_base(
