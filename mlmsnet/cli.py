@@ -225,22 +225,28 @@ def _table(cfg, num_classes):
     from mlmsnet.data.labels import get_table, numbered_table
     return numbered_table(num_classes) if cfg.data.name == "list" else get_table(cfg.data.name)
 
-# %% ../nbs/cli.ipynb #12f33c90
+# %% ../nbs/cli.ipynb #d302cbb1
 def _add_report(sub):
     p = _command(sub, "report", report, "One HTML page from the records of some runs: leaderboard, curves, per-class IoU, pictures, cost.")
     p.add_argument("runs", nargs="+", help="run folders, or folders that hold some")
     p.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
     p.add_argument("--title", default="Comparison", help="its headline")
+    p.add_argument("--base", metavar="ARM", help="compare every arm with this one: its label on the page, or a run's folder or config hash")
+    p.add_argument("--figures", metavar="DIR", help="write every figure there as an SVG file, too")
+    p.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown, too")
 
 
 def report(args, settings):
     "`mlmsnet report RUN … --out FILE`"
-    from mlmsnet.comparing.report import write_report
+    from mlmsnet.comparing.report import read_study, write_markdown, write_report
     from mlmsnet.training.records import find_runs
     runs = sorted({r for p in args.runs for r in find_runs(p)})
     if not runs:
         raise DataError(f"no run found in {', '.join(args.runs)}; a run is a folder that `mlmsnet train` wrote")
-    write_report(runs, args.out, title=args.title)
+    study = read_study(runs, base=args.base)
+    write_report(study, args.out, title=args.title, figures=args.figures)
+    if args.markdown:
+        write_markdown(study, args.markdown, title=args.title, figures=args.figures)
     print(f"{len(runs)} runs → {args.out}")
 
 # %% ../nbs/cli.ipynb #54174dfa
