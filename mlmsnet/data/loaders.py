@@ -56,7 +56,7 @@ def epoch_order(
     # Four keys: a stream of three, (seed, epoch, 0), would be that of sample 0 (missing keys count as 0)
     return rng_for(seed, epoch, 0, 1).permutation(n)
 
-# %% ../../nbs/data/loaders.ipynb #61cb58b1
+# %% ../../nbs/data/loaders.ipynb #8354e259
 class EpochBatches(Sampler):
     "Yields the batches of an epoch as lists of `(epoch, index)`"
 
@@ -73,8 +73,8 @@ class EpochBatches(Sampler):
         if batch_size < 1 or not 0 <= rank < world:
             raise ConfigError(f"batch_size {batch_size}, rank {rank} of {world}: need batch_size >= 1 and 0 <= rank < world")
         if drop_last and n < batch_size * world:
-            raise ConfigError(f"batch size {batch_size} on {world} process(es) needs {batch_size * world} images, but the set has {n}; "
-                              "lower the batch size")
+            shares = f" ({batch_size} on each of {world} processes)" if world > 1 else ""
+            raise ConfigError(f"batch size {batch_size * world}{shares} needs {batch_size * world} images, but the set has {n}; lower the batch size")
         self.n, self.batch_size, self.seed, self.shuffle, self.drop_last = n, batch_size, seed, shuffle, drop_last
         self.rank, self.world, self.epoch, self.start_batch = rank, world, 0, 0
 
