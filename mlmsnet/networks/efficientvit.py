@@ -36,7 +36,7 @@ def relu_linear_attention(
         out = (v @ k.transpose(-1, -2)) @ q  # … d+1 d -> … d+1 L
         return out[..., :-1, :] / (out[..., -1:, :] + eps)
 
-# %% ../../nbs/networks/efficientvit.ipynb #342316e9
+# %% ../../nbs/networks/efficientvit.ipynb #053f617c
 class _Unit(nn.Module):
     "Convolution; norm or bias; h-swish or nothing"
 
@@ -49,7 +49,7 @@ class _Unit(nn.Module):
     def forward(self, x):
         return self.act(self.norm(self.conv(x)))
 
-
+# %% ../../nbs/networks/efficientvit.ipynb #a1da022f
 class MultiScaleAttention(nn.Module):
     "Figure 2, right: linear attention over the tokens themselves and over tokens that sum up their neighbourhood"
 
@@ -117,7 +117,7 @@ class EfficientViTBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.local(x + self.attention(x))
 
-# %% ../../nbs/networks/efficientvit.ipynb #9f3a0e31
+# %% ../../nbs/networks/efficientvit.ipynb #18d7a7f8
 class EfficientViT(Backbone):
     "EfficientViT-B (Cai et al. 2023): two stages of `MBConv`, two with attention; maps at strides 8, 16, 32"
 
@@ -146,7 +146,7 @@ class EfficientViT(Backbone):
             maps.append(x)
         return maps[1:]
 
-
+# %% ../../nbs/networks/efficientvit.ipynb #f3ba376c
 class EfficientViTSeg(SegModel):
     "The light head of the paper: three maps to one width, summed at stride 8, one `MBConv`, classifier"
 
@@ -170,7 +170,7 @@ class EfficientViTSeg(SegModel):
         x = maps[0] + sum(F.interpolate(m, size=maps[0].shape[-2:], mode="bilinear", align_corners=False) for m in maps[1:])
         return self.classify(self.dropout(self.widen(self.middle(x))))
 
-# %% ../../nbs/networks/efficientvit.ipynb #e408775f
+# %% ../../nbs/networks/efficientvit.ipynb #d51fb0e2
 _RENAME = ((r"^stem\.in_conv\.", "stem.0."), (r"^stem\.res(\d+)\.main\.", lambda m: f"stem.{int(m[1]) + 1}."), (r"\.blocks\.(\d+)\.", r".\1."),
            (r"\.(context_module)\.main\.", ".attention."), (r"\.local_module\.main\.", ".local."), (r"\.main\.", "."),
            (r"\.qkv\.conv\.", ".qkv."), (r"\.aggreg\.", ".aggregate."), (r"\.attention\.proj\.", ".attention.project."),
@@ -204,7 +204,7 @@ class EfficientViTOptions(ModelOptions):
     dropout: float = 0.0
     aux: bool = False
 
-
+# %% ../../nbs/networks/efficientvit.ipynb #16efa7f3
 def _from_timm():
     try:
         timm = importlib.import_module("timm")

@@ -55,7 +55,7 @@ def _pad(x, multiple, least):
     h, w = (max(-(-n // multiple), -(-least // multiple)) * multiple - n for n in x.shape[-2:])
     return F.pad(x, (0, w, 0, h)) if h or w else x
 
-# %% ../../nbs/networks/rivals.ipynb #c5270bd9
+# %% ../../nbs/networks/rivals.ipynb #3a5998bc
 class TorchvisionEncoder(Backbone):
     "The backbone of a torchvision segmentation network, as it is"
 
@@ -85,7 +85,7 @@ def _trial(run, net, hw):
     finally:
         net.train(was)
 
-
+# %% ../../nbs/networks/rivals.ipynb #293809dc
 class TorchvisionNet(LibraryNet):
     "A network of `torchvision.models.segmentation` under our contract; for the same weights, the same numbers"
 
@@ -136,7 +136,7 @@ def _our_name(key):
 def _other_classes(own, there, num_classes):
     return own is not None and own.ndim > 0 and own.shape[0] == num_classes != there.shape[0] and own.shape[1:] == there.shape[1:]
 
-# %% ../../nbs/networks/rivals.ipynb #19c19c9b
+# %% ../../nbs/networks/rivals.ipynb #352cbf1b
 def _torchvision_source(name, weights):
     "What `weights` stands for: a file, or a state_dict that torchvision downloads"
     models = importlib.import_module("torchvision.models")
@@ -175,11 +175,11 @@ def _normalised(model, o):
     model.backbone.mean, model.backbone.std = tuple(o.mean or model.backbone.mean), tuple(o.std or model.backbone.std)
     return model
 
-
+# %% ../../nbs/networks/rivals.ipynb #821e1597
 register_model("lraspp", *_torchvision("lraspp_mobilenet_v3_large"))
 register_model("deeplabv3_mobilenet", *_torchvision("deeplabv3_mobilenet_v3_large"))
 
-# %% ../../nbs/networks/rivals.ipynb #5450f036
+# %% ../../nbs/networks/rivals.ipynb #8091a14c
 def _library(module, name, package):
     try:
         return importlib.import_module(module)
@@ -218,7 +218,7 @@ class SmpEncoder(Backbone):
     def features(self, x):
         return self.choose(self.everything(x), x)
 
-
+# %% ../../nbs/networks/rivals.ipynb #aadf1f9e
 class SmpNet(LibraryNet):
     "A network of segmentation_models_pytorch under our contract"
 
@@ -257,7 +257,7 @@ def _sizes_for(net, stride):
                 why = e
     raise why
 
-
+# %% ../../nbs/networks/rivals.ipynb #bf46c2f2
 def _freeze_idle(model, side):
     "Parameters that no output depends on (stages behind the last one in use) want no gradient: neither counted as learnt, nor waited for"
     was, params = model.training, [p for p in model.parameters() if p.requires_grad]
@@ -267,7 +267,7 @@ def _freeze_idle(model, side):
         p.requires_grad_(g is not None)
     model.train(was)
 
-# %% ../../nbs/networks/rivals.ipynb #24c0d8b1
+# %% ../../nbs/networks/rivals.ipynb #e3d098e6
 @dataclass(frozen=True)
 class SmpOptions(ModelOptions):
     "What every smp network has; the rest is read from smp's class. `weights`: imagenet, another name that smp knows, or a file"
@@ -292,7 +292,7 @@ def _smp(name):
     preset = {p.name: p.default for p in own if p.name == "encoder_name"}  # DPT has another encoder than the rest
     return options(encoder=preset.get("encoder_name", "resnet34")), lambda o, n: _build_smp(smp, cls, o, n, {k: getattr(o, k) for k in more})
 
-
+# %% ../../nbs/networks/rivals.ipynb #1b94a8b2
 def _build_smp(smp, cls, o, num_classes, more):
     named, what = _check_encoder(smp, o), f"smp/{cls.__name__} with encoder {o.encoder}"
     said = (True if o.encoder.startswith("tu-") else o.weights) if named else None
@@ -376,7 +376,7 @@ class LRASPPHead(nn.Module):
         y = self.classify_high(y)  # before the resizing: both are linear, and classes are fewer than channels
         return self.classify_low(low) + F.interpolate(y, size=low.shape[-2:], mode="bilinear", align_corners=False)
 
-# %% ../../nbs/networks/rivals.ipynb #576c89e3
+# %% ../../nbs/networks/rivals.ipynb #1c831433
 class TimmEncoder(TimmBackbone):
     "A timm encoder whose maps are always N C H W"
 
@@ -412,7 +412,7 @@ class HeadNet(LibraryNet):
     def logits(self, maps):
         return self.head(maps[0], maps[-1]) if isinstance(self.head, LRASPPHead) else self.head(maps[-1])
 
-
+# %% ../../nbs/networks/rivals.ipynb #08626999
 @dataclass(frozen=True)
 class HeadOptions(BackboneOptions):
     "What can be changed in `lraspp_head` and `deeplabv3_head`: the two heads on any backbone, for comparisons in which the head alone changes"
