@@ -229,7 +229,7 @@ def telling_pictures(
             out.append((heading, rows))
     return out
 
-# %% ../../nbs/comparing/report.ipynb #e52548ed
+# %% ../../nbs/comparing/report.ipynb #0865b291
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1d2330, #e6e9f0); --quiet: light-dark(#5b6475, #9aa4b5); --rule: light-dark(#dde2ea, #39404d);
   --paper: light-dark(#fff, #16191f); --mark: light-dark(#eef4ff, #1e2a3f); --link: light-dark(#0b57a4, #8ab8f0) }
@@ -237,9 +237,9 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: .95rem; margin: 1rem 0 .3rem }
 p { margin: .3rem 0 .8rem } p.note { color: var(--quiet); font-size: .9rem } p.verdict { font-size: 1.05rem } a { color: var(--link) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .8rem }
-th, td { text-align: right; padding: .28rem .34rem; border-bottom: 1px solid var(--rule); white-space: nowrap } th { vertical-align: bottom; white-space: normal }
-th.l, td.l { text-align: left } tr.best { background: var(--mark); font-weight: 600 } tr.base td:first-child::after { content: " (base)"; color: var(--quiet); font-weight: 400 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .78rem }
+th, td { text-align: right; padding: .28rem .3rem; border-bottom: 1px solid var(--rule); white-space: nowrap } th { vertical-align: bottom; white-space: normal }
+th.l, td.l { text-align: left } tr.best { background: var(--mark) } tr.best td.l, tr.best td.l + td:not(.l) { font-weight: 600 } tr.base td:first-child::after { content: " (base)"; color: var(--quiet); font-weight: 400 }
 figure { margin: 0 0 .6rem; min-width: 0 } .figure { background: #fff; border-radius: 4px; overflow-x: auto } .figure svg { max-width: 100%; height: auto; display: block }
 figcaption { font-size: .78rem; text-align: right } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem }
 .pictures { display: grid; gap: 6px } .pictures img { width: 100%; display: block; border-radius: 3px } .pictures div { font-size: .8rem; color: var(--quiet) }
