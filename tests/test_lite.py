@@ -10,7 +10,7 @@ from mlmsnet.evaluation.cost import count_macs, count_params
 from mlmsnet.networks.backbones import create_backbone
 from mlmsnet.networks.fusion import LightHead, SegHead, SeparableConv, shrink
 from mlmsnet.networks.layers import fuse_conv_bn
-from mlmsnet.networks.mlmsnet import BaselineNet, MLMSNet, create_model
+from mlmsnet.networks.mlmsnet import MODELS, BaselineNet, MLMSNet, MLMSOptions, create_model, on_backbone, register_model
 from mlmsnet.training.config import Config, ModelConfig, config_hash, parse_config, shipped_configs
 from mlmsnet.training.loop import build_model
 
@@ -56,8 +56,7 @@ def test_each_saving_saves():
 # --- contract ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backbone", ["mobilenetv3_large", "mobilenetv3_small", "torchvision/resnet18"])
 def test_one_image_trains_at_any_size(backbone):
-    over = {"output_stride": 8} if "/" in backbone else {}
-    model = create_model("mlms_lite", 4, backbone=backbone, **over).train()
+    model = create_model("mlms_lite", 4, backbone=backbone, aux=True).train()
     for hw in [(32, 32), (33, 47), (97, 65)]:
         out = model(torch.randn(1, 3, *hw))
         assert set(out) == {"out", "aux"} and out["out"].shape == out["aux"].shape == (1, 4, *hw)
@@ -79,19 +78,19 @@ def test_channels_last_and_folding_make_no_difference():
 
 # --- options -----------------------------------------------------------------------------------------------------------------
 OPTIONS = {
-    "version": (1, 2), "msf": (True, False), "mlf": (True, False), "wide": (True, False), "levels": (None, (0, 2), (2,)),
+    "version": (1, 2), "msf": (True, False), "mlf": (True, False), "wide": (True, False), "levels": (None, (0, 2)),
     "level_chs": (None, 8), "fuse_stride": (None, 16), "head": (None, "conv", "separable", "light"), "head_chs": (None, 24),
-    "output_stride": (8, 16, 32), "dilations": ((1, 2), (3,)), "aux": (None, False),
+    "output_stride": (8, 16, 32), "finest_stride": (8, 4), "dilations": ((1, 2), (3,)), "aux": (None, False),
 }  # fmt: skip
 
 
 def pairs():
-    "Every setting of an option beside every setting of another, the rest at random"
+    "Every setting of an option beside every setting of another, the rest at random, the first setting more often"
     rng, names = torch.Generator().manual_seed(1), list(OPTIONS)
     wanted = {(a, x, b, y) for a, b in itertools.combinations(names, 2) for x in range(len(OPTIONS[a])) for y in range(len(OPTIONS[b]))}
     while wanted:
         a, x, b, y = min(wanted)
-        pick = {n: int(torch.randint(len(OPTIONS[n]), (1,), generator=rng)) for n in names} | {a: x, b: y}
+        pick = {n: int(torch.randint(len(OPTIONS[n]), (1,), generator=rng) * torch.randint(2, (1,), generator=rng)) for n in names} | {a: x, b: y}
         wanted -= {(m, pick[m], n, pick[n]) for m, n in itertools.combinations(names, 2)}
         yield {n: OPTIONS[n][i] for n, i in pick.items()}
 
@@ -99,8 +98,13 @@ def pairs():
 def test_options_combine_or_are_refused():
     x, done = torch.randn(1, 3, 33, 40), 0
     for over in pairs():
-        strides = [min(s, over["output_stride"]) for s in (8, 16, 32)]
-        used = [strides[i] for i in over["levels"] or (0, 1, 2)]
+        strides = [4] * (over["finest_stride"] == 4) + [min(s, over["output_stride"]) for s in (8, 16, 32)]
+        levels = over["levels"] or range(len(strides))
+        if len(strides) - 1 not in levels:
+            with pytest.raises(ConfigError, match="the deepest|light head"):
+                small(**over)
+            continue
+        used = [strides[i] for i in levels]
         light = over["head"] == "light" or (over["head"] is None and over["version"] == 2)
         if (light and over["head_chs"]) or (over["fuse_stride"] or used[0]) not in used:
             with pytest.raises(ConfigError):
@@ -130,8 +134,29 @@ def test_projection_only_narrows():
     assert model.project[0](maps[0]) is maps[0]
 
 
+def test_a_level_at_stride_4():
+    for backbone, chs in (("mobilenetv3_small", [16, 24, 48, 96]), ("mobilenetv3_large", [24, 40, 112, 160])):
+        model, x = create_model("mlms_lite", 4, backbone=backbone, finest_stride=4, output_stride=16).eval(), torch.randn(1, 3, 64, 96)
+        with torch.no_grad():
+            maps = model.backbone.features(x)
+            assert model.logits(maps).shape[-2:] == (16, 24)
+        assert [m.shape[1] for m in maps] == model.channels == chs
+        assert [64 // m.shape[2] for m in maps] == model.strides == [4, 8, 16, 16]
+
+
+def test_what_a_preset_chose_for_its_backbone_falls_away_with_it():
+    register_model("for_this_test", MLMSOptions(output_stride=16, finest_stride=4), on_backbone(MLMSNet))
+    try:
+        assert create_model("for_this_test", 4, backbone="mobilenetv3_small").strides == [4, 8, 16, 16]
+        assert create_model("for_this_test", 4, backbone="torchvision/resnet18").strides == [8, 16, 32]
+        with pytest.raises(ConfigError, match="output_stride cannot be set"):
+            create_model("for_this_test", 4, backbone="torchvision/resnet18", output_stride=16)
+    finally:
+        MODELS.pop("for_this_test")
+
+
 def test_fuse_stride_is_the_size_of_the_logits():
-    model, x = small(fuse_stride=16).eval(), torch.randn(1, 3, 97, 65)
+    model, x = small(output_stride=16, fuse_stride=16).eval(), torch.randn(1, 3, 97, 65)
     with torch.no_grad():
         assert model.logits(model.backbone.features(x)).shape[-2:] == (7, 5)
     assert shrink(torch.ones(1, 2, 13, 9), 2).shape[-2:] == (7, 5) and (shrink(torch.ones(1, 2, 13, 9), 2) == 1).all()
@@ -173,7 +198,7 @@ def test_shipped_configs(name):
     cfg = parse_config(name)
     model = build_model(cfg, 11)
     assert cfg.model.name == model.settings["name"] == "mlms_lite"
-    assert model.strides == [8, 16, 16]
+    assert model.strides == [8, 8, 8]
 
 
 def test_settings_survive_a_checkpoint(tmp_path):
@@ -190,12 +215,13 @@ def test_settings_survive_a_checkpoint(tmp_path):
 # --- errors ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("over,word", [
     ({"head": "seperable"}, "Did you mean separable"), ({"head": "light", "head_chs": 64}, "light head has no hidden"),
-    ({"version": 2, "head": None, "head_chs": 64}, "light head has no hidden"), ({"head_chs": 0}, "head_chs is 0"),
+    ({"head": None, "head_chs": 64}, "light head has no hidden"), ({"head_chs": 0}, "head_chs is 0"),
     ({"head_chs": 1.5}, "whole number"), ({"level_chs": -8}, "level_chs is -8"), ({"level_chs": True}, "whole number"),
     ({"levels": ()}, "levels are"), ({"levels": (0, 1)}, "the deepest, 2"),
     ({"levels": (2, 0)}, "rising order"), ({"levels": (0, 0, 2)}, "rising order"), ({"levels": (0, 3)}, "positions among [0, 1, 2]"),
-    ({"levels": 2}, "positions among"), ({"levels": ("a", 2)}, "positions among"), ({"fuse_stride": 32}, "have strides 8, 16, 16"),
-    ({"fuse_stride": 8, "levels": (1, 2)}, "have strides 16, 16"), ({"dilations": ()}, "whole numbers"),
+    ({"levels": 2}, "positions among"), ({"levels": ("a", 2)}, "positions among"), ({"fuse_stride": 32}, "have strides 8, 8, 8"),
+    ({"output_stride": 16, "fuse_stride": 8, "levels": (1, 2)}, "have strides 16, 16"), ({"finest_stride": 2}, "finest_stride is 2"),
+    ({"dilations": ()}, "whole numbers"),
     ({"dilations": 3}, "whole numbers"), ({"dilations": ("a",)}, "whole numbers"), ({"version": 3}, "version is 3"),
     ({"version": 3, "msf": False, "mlf": False}, "version is 3"),
     ({"head_ch": 64}, "Did you mean head_chs"),

@@ -337,13 +337,13 @@ def on_backbone(
         return cls(build_backbone(o), num_classes, **{k: v for k, v in vars(o).items() if k not in _OWN})
     return build
 
-# %% ../../nbs/networks/mlmsnet.ipynb #5c58228d
+# %% ../../nbs/networks/mlmsnet.ipynb #63b68179
 register_model("mlms_l", MLMSOptions(), on_backbone(MLMSNet))
 register_model("mlms_s", MLMSOptions(wide=False), on_backbone(MLMSNet))
 register_model("mlmsv2_l", MLMSOptions(version=2), on_backbone(MLMSNet))
 register_model("mlmsv2_s", MLMSOptions(version=2, wide=False), on_backbone(MLMSNet))
 register_model("mlms_small", MLMSOptions(backbone="mobilenetv3_small", wide=False), on_backbone(MLMSNet))
-register_model("mlms_lite", MLMSOptions(wide=False, output_stride=16, dilations=(3, 6, 9), level_chs=64, head="separable"), on_backbone(MLMSNet))
+register_model("mlms_lite", MLMSOptions(version=2, wide=False, level_chs=56, head="separable"), on_backbone(MLMSNet))
 register_model("baseline", BaselineOptions(), on_backbone(BaselineNet))
 
 # %% ../../nbs/networks/mlmsnet.ipynb #83da2058
