@@ -424,7 +424,12 @@ def test_processes_and_one_is_killed(file, plugin, undisturbed, no_page, tmp_pat
 def test_ray_and_a_worker_is_killed(file, plugin, undisturbed, no_page, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
     monkeypatch.setenv("BRITTLE", str(tmp_path / "killed"))
-    result = run_sweep(file, tmp_path / "out", executor="ray", jobs=2, plugins=[plugin], **QUIET)
+    try:
+        result = run_sweep(file, tmp_path / "out", executor="ray", jobs=2, plugins=[plugin], **QUIET)
+    except ConfigError as e:
+        if "no Ray cluster" in str(e):
+            pytest.skip(str(e))
+        raise
     assert (tmp_path / "killed").exists()
     once(tmp_path / "out", result)
     assert scores(result) == scores(undisturbed)

@@ -136,7 +136,7 @@ def _last_words(log: Path, code: int) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return f"a worker stopped: {lines[-1] if lines else f'exit code {code}'} (all it said: {log})"
 
-# %% ../../nbs/comparing/executors.ipynb #0a7c058b
+# %% ../../nbs/comparing/executors.ipynb #67db4e4d
 def load_ray():
     "The module, or a `ConfigError` that says how to get it"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -157,17 +157,26 @@ def ray_cluster(
     ray = load_ray()
     own = not ray.is_initialized()
     if own:
-        about = {"address": address} if address else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        try:
-            ray.init(**about, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError) as e:
-            raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}. Start one with `ray start --head`, "
-                              "or leave --address out") from e
+        _start_ray(ray, address, cpus)
     try:
         yield ray
     finally:
         if own:
             ray.shutdown()
+
+
+def _start_ray(ray, address, cpus):
+    about = {"address": address} if address else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    for tries in range(1 if address else 3):
+        if tries:
+            ray.shutdown()
+            time.sleep(2)
+        try:
+            return ray.init(**about, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        except Exception as e:  # of several kinds; on a busy machine its processes may need longer than Ray waits for them
+            error = e
+    mend = "start one with `ray start --head`, or leave --address out" if address else "is the machine too busy? Ray's own words are in its logs"
+    raise ConfigError(f"no Ray cluster at {address or 'this machine'} ({type(error).__name__}: {str(error).splitlines()[0]}); {mend}") from error
 
 # %% ../../nbs/comparing/executors.ipynb #2c79e52f
 def _ray_task(target: str, spec: dict, folder: str, must_see: str, threads: int):
