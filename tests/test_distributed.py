@@ -20,7 +20,8 @@ from _tiny import settings, write_config, write_data
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SHAPE = {"model": {"width_mult": 0.35, "dilations": [1]},
          "augment": {"crop": [64, 64], "scale_min": 0.8, "scale_max": 1.2},
-         "train": {"epochs": 3, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "ema": 0.9, "save_steps": 1, "clip_grad": 1.0}}
+         "train": {"epochs": 2, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "ema": 0.9, "save_steps": 1, "clip_grad": 1.0}}
+LONGER = {**SHAPE, "train": {**SHAPE["train"], "epochs": 6, "lr": 0.005}}  # so that there is time to kill it
 VAL = 101
 # Exact for sums over pixels. ohem is, as long as its threshold selects; its minimum (min_fraction) is counted among a process's own pixels.
 LOSSES = {"cross_entropy": {}, "ohem": {"min_fraction": 0.0}, "dice_ce": {}}
@@ -175,7 +176,7 @@ def job_errors(folder, out):
 def job_float32(folder, out):
     from mlmsnet.training.loop import fit
     torch.set_default_dtype(torch.float32)
-    fit(config(folder), out / "float32", progress=False)
+    fit(config(folder, train=LONGER["train"]), out / "float32", progress=False)
 
 
 def job_lost(folder, out):
@@ -248,7 +249,7 @@ def folder(tmp_path_factory):
     names = (data / "val.txt").read_text().splitlines(keepends=True)
     (data / "val101.txt").write_text("".join(names))
     (data / "val.txt").write_text("".join(names[:2]))
-    done = subprocess.run([sys.executable, __file__, str(folder)], env=ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, str(folder)], env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -314,7 +315,7 @@ def test_every_validation_image_counts_once(folder):
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_goes_on_with_another_number_of_processes(folder, first, then):
     whole, rest = found(folder, "finish", then)[0]
-    assert rest["finished"] and rest["processes"] == then and whole["cost"]["images"] == rest["cost"]["images"] == 24
+    assert rest["finished"] and rest["processes"] == then and whole["cost"]["images"] == rest["cost"]["images"] == 16
     runs = {name: torch.load(folder / "runs" / name / "last.pt", weights_only=True) for name in (f"from_{first}", "whole_1", "whole_2")}
     for other in ("whole_1", "whole_2"):
         for part in ("model", "ema", "optimizer", "epoch", "config", "sums"):
@@ -359,7 +360,7 @@ def launch(node, port, command):
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(true, seconds=90):
+def wait_until(true, seconds=200):
     until = time.monotonic() + seconds
     while not true() and time.monotonic() < until:
         time.sleep(0.02)
@@ -378,25 +379,30 @@ def running(run):
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_two_machines_one_of_which_is_cut_off(folder):
     """Two torchrun launchers; one is killed, nobody is left hanging; started again, they end where one process ends."""
-    cfg, run = write_config(folder / "config.yaml", folder / "data", **SHAPE), folder / "runs" / "machines"
+    cfg, run = write_config(folder / "config.yaml", folder / "data", **LONGER), folder / "runs" / "machines"
     command = ["-m", "mlmsnet", "train", str(cfg), "--quiet", "--run-dir"]
     port = free_port()
     nodes = [launch(node, port, [*command, str(run)]) for node in range(2)]
     wait_until(lambda: (run / "last.pt").exists() or any(n.poll() is not None for n in nodes))
     nodes[1].kill()
-    assert nodes[0].wait(60) != 0
-    wait_until(lambda: not running(run), 20)
+    assert nodes[0].wait(100) != 0
+    wait_until(lambda: not running(run), 60)
     error = nodes[0].stderr.read()
     assert not running(run) and "lost another process" in error, error
     state = torch.load(run / "last.pt", weights_only=True)
-    assert 2 * state["epoch"] + state["step_in_epoch"] < 6
+    assert 2 * state["epoch"] + state["step_in_epoch"] < 12
     port = free_port()
     nodes = [launch(node, port, [*command, str(run)]) for node in range(2)]
     for node in nodes:
-        assert node.wait(120) == 0, node.stderr.read()
+        assert node.wait(300) == 0, node.stderr.read()
     assert [n.stdout.read().count("best val mIoU") for n in nodes] == [1, 0]
-    a, b = (torch.load(folder / "runs" / name / "last.pt", weights_only=True) for name in ("machines", "float32"))
-    close(a["model"], b["model"], 0.02)  # float32 and small maps, whose batch norms enlarge rounding
+    # float32 and small maps, whose batch norms enlarge rounding from step to step
+    close([r["loss"] for r in rows(folder / "runs" / "float32")], [r["loss"] for r in rows(run)], 2e-3, "loss")
+    a, b = (torch.load(folder / "runs" / name / "last.pt", weights_only=True)["model"] for name in ("machines", "float32"))
+    a, b = (torch.cat([t.double().flatten() for t in x.values()]) for x in (a, b))
+    apart = ((a - b).norm() / a.norm()).item()
+    print(f"weights of two machines and of one process: {apart:.1e} apart")
+    assert apart < 2e-3
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def launched() -> dict[str, int] | None:
         raise ConfigError(f"RANK={env['RANK']} does not exist among WORLD_SIZE={env['WORLD_SIZE']} processes; they count from 0")
     return env
 
-# %% ../../nbs/training/distributed.ipynb #5758b7b5
+# %% ../../nbs/training/distributed.ipynb #32e6baf1
 def setup(
     device: str = "auto",  # `auto` and `cuda`: each process takes the GPU of its local rank; `cpu`
 ) -> World:
@@ -119,7 +119,7 @@ def _end_with_launcher():
 
     def watch():
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.2)
         os._exit(143)  # files are written whole or not at all, so this is safe at any moment
 
     threading.Thread(target=watch, daemon=True).start()
