@@ -121,8 +121,8 @@ def _at_least(cfg, **low):
         if getattr(cfg, name) < least:
             raise ConfigError(f"{type(cfg).__name__}.{name} is {getattr(cfg, name)}; it must be at least {least}")
 
-# %% ../../nbs/training/config.ipynb #ecc055e8
-_NOT_PART_OF_A_RESULT = {"data": ("root", "cache", "workers"), "train": ("save_steps", "keep_memory", "val_batch")}
+# %% ../../nbs/training/config.ipynb #e5fed86a
+_NOT_PART_OF_A_RESULT = ("device", "data.root", "data.cache", "data.workers", "train.save_steps", "train.keep_memory", "train.val_batch")
 
 
 def to_dict(cfg) -> dict:
@@ -133,13 +133,9 @@ def to_dict(cfg) -> dict:
 def config_hash(
     cfg: Config,  # Any config
 ) -> str:
-    "Eight hex digits over all that can change the result"
-    d = to_dict(cfg)
-    d.pop("device")
-    for section, names in _NOT_PART_OF_A_RESULT.items():
-        for name in names:
-            d[section].pop(name)
-    d = {k: {n: v for n, v in s.items() if v not in (None, {})} if isinstance(s, dict) else s for k, s in d.items()}  # a new setting at its "unset" changes no hash
+    "Eight hex digits over all that can change the result, as far as it is not at its default: settings that are new in a later version change no hash"
+    plain = _flat(to_dict(Config()))
+    d = {k: v for k, v in _flat(to_dict(cfg)).items() if k not in _NOT_PART_OF_A_RESULT and (k not in plain or plain[k] != v)}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]
 
 
