@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SWEEP_FORMAT', 'EXECUTORS', 'check_key', 'SweepRun', 'training_hash', 'Sweep', 'is_sweep', 'load_sweep', 'lay_over',
            'take_folder', 'check_record', 'check_versions', 'note', 'journal', 'work', 'Display', 'last_words',
-           'read_sweep', 'setting_table', 'sweep_table', 'write_sweep', 'plan_table', 'check_plan', 'run_sweep',
-           'effect_figure']
+           'read_sweep', 'setting_table', 'sweep_table', 'write_sweep', 'plan_table', 'check_plan', 'check_images',
+           'run_sweep', 'effect_figure']
 
-# %% ../../nbs/comparing/sweep.ipynb #e51a4329
+# %% ../../nbs/comparing/sweep.ipynb #aaa79fe2
 import contextlib
 import json
 import os
@@ -33,6 +33,8 @@ from .executors import in_processes, load_ray, on_ray, share_out
 from .scores import mean_of, mean_sd, pm
 from .study import factor_label
 from ..core import ConfigError, DataError, MlmsError, atomic_write, load_checkpoint, load_json, nearest, save_checkpoint, save_json
+from ..data.datasets import DATASETS
+from ..data.labels import get_table
 from ..evaluation.inference import InferenceConfig
 from ..training.config import (Config, check_keys, config_hash, differences, parse_config, read_yaml, save_config, shipped_configs, to_dict,
                                      valid_keys)
@@ -740,16 +742,20 @@ def sweep_table(
         lines.append(f"| {r['label']} | {' | '.join(pm(r[k]) for k in SCORES)} | {len(r['seeds'])} of {r['of']} | {len(r['failed']) or ''} |")
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/comparing/sweep.ipynb #54e32ead
+# %% ../../nbs/comparing/sweep.ipynb #df2c2e30
 def write_sweep(
     out,  # Folder of a sweep
+    pages: bool = True,  # The report, too
+    anew: bool = False,  # Even where nothing has changed
 ) -> dict:
     "Write sweep.json, report.html, report.md and figures/ from the records in `out`; returns what `read_sweep` does"
     from mlmsnet.comparing.report import write_markdown, write_report
     from mlmsnet.comparing.study import read_study
     out, result = Path(out), read_sweep(out)
+    if not anew and _summary(out, "sweep.json") == json.loads(json.dumps(result)) and ((out / "report.html").exists() or not pages):
+        return result
     save_json(result, out / "sweep.json")
-    if any("miou" in r for r in result["runs"]):
+    if pages and any("miou" in r for r in result["runs"]):
         there = [r for r in result["runs"] if (out / r["path"] / "config.yaml").exists()]
         study = read_study([out / r["path"] for r in there], base=result["base"], factors={out / r["path"]: r["factors"] for r in there})
         write_report(study, out / "report.html", title=result["name"], figures=out / "figures")
@@ -781,27 +787,43 @@ def _state(run: SweepRun, shares: bool) -> str:
         return last_words(run, history)
     return "open, shares a training" if shares else "open"
 
-# %% ../../nbs/comparing/sweep.ipynb #defa57a1
+# %% ../../nbs/comparing/sweep.ipynb #145b776d
 def check_plan(
     plan: list[SweepRun],
     out,  # Folder of the sweep
 ):
-    "Read what is on record, and try what will be needed: data, losses, networks"
+    "Read what is on record, and try losses and networks: all that can be done without the data"
     for run in plan:
         check_record(run)
     check_versions(plan, out)
+    tried = set()
+    for run in plan:
+        c, classes = run.cfg, _classes(run.cfg)
+        loss, model = LossSpec(c.loss.name, c.loss.params), json.dumps([to_dict(c)["model"], c.loss.aux_weight > 0, classes])
+        if classes and (loss.label, classes) not in tried:
+            check_losses([loss], classes)
+        if classes and model not in tried:
+            _check_model(run, classes)
+        tried |= {(loss.label, classes), model}
+
+
+def _classes(cfg: Config) -> int | None:
+    DATASETS[cfg.data.name]  # an unknown name stops here
+    return cfg.data.num_classes if cfg.data.name == "list" else get_table(cfg.data.name).num_classes
+
+
+def check_images(
+    plan: list[SweepRun],
+):
+    "Open every data set that the runs ask for; those on record must have seen the same images"
     groups = {}
     for run in plan:
-        d = to_dict(run.cfg)["data"]
-        groups.setdefault(json.dumps({**d, "cache": "none", "test": ""}), []).append(run)
+        groups.setdefault(json.dumps({**to_dict(run.cfg)["data"], "cache": "none"}), []).append(run)
     for runs in groups.values():
         cfg = replace(runs[0].cfg, data=replace(runs[0].cfg.data, cache="none"))
         data = {"train_data": build_dataset(cfg, cfg.data.train), "val_data": build_dataset(cfg, cfg.data.val)}
+        build_dataset(cfg, cfg.data.test)
         check_data([r.path for r in runs if (r.path / "config.yaml").exists()], data)
-        classes = data["train_data"].num_classes
-        check_losses(list({LossSpec(r.cfg.loss.name, r.cfg.loss.params).label: LossSpec(r.cfg.loss.name, r.cfg.loss.params) for r in runs}.values()), classes)
-        for run in {json.dumps([to_dict(r.cfg)["model"], r.cfg.loss.aux_weight > 0]): r for r in runs}.values():
-            _check_model(run, classes)
 
 
 def _check_model(run: SweepRun, classes: int):
@@ -818,7 +840,7 @@ def _check_model(run: SweepRun, classes: int):
         if path and path.endswith((".pth", ".pt")) and not Path(path).is_file():
             raise ConfigError(f"{run.label}: model.{key} is {path!r}; no such file")
 
-# %% ../../nbs/comparing/sweep.ipynb #19057b03
+# %% ../../nbs/comparing/sweep.ipynb #349c662b
 EXECUTORS = ("serial", "processes", "ray")
 
 
@@ -833,6 +855,7 @@ def run_sweep(
     retry: bool = False,  # Try failed runs again
     plugins: tuple = (),  # Python files that register losses; workers run them, too
     pictures: int = 12,  # Predictions to keep per run
+    pages: bool = True,  # Write report.html and report.md, too
     progress: bool = True,  # One bar for all; False: a line per run
     say: Callable = print,  # Takes the lines
 ) -> dict:
@@ -841,20 +864,19 @@ def run_sweep(
     shares = _check_executor(executor, jobs, address, gpus_per_run, cpus_per_run)
     sweep.runs(out)  # every value is checked before the folder is touched
     folder = take_folder(sweep, out)
-    with claim(out / ".data.claim", wait=True):  # a second process finds the scenes drawn
-        place_data(sweep.config(), out, not _draws(sweep), sweep.images, sweep.rarity, progress, say)
     family, ours = folder.runs(out), {r.hash for r in sweep.runs(out)}
     plan = [r for r in family if r.hash in ours]
     check_plan(plan, out)
+    with claim(out / ".data.claim", wait=True):  # a second process finds the scenes drawn
+        place_data(sweep.config(), out, not _draws(sweep), sweep.images, sweep.rarity, progress, say)
+    check_images(plan)
     if retry:
         _reopen(plan)
     say(_headline(sweep, plan, out))
     spec = {"out": str(out), "runs": [r.hash for r in plan], "pictures": pictures, "plugins": [str(p) for p in plugins]}
     with Display(plan, progress, say) as display:
         _execute(executor, spec, plan, out, shares, display, dict(jobs=jobs, address=address, cpus=cpus_per_run, gpus=gpus_per_run))
-    if _summary(out, "sweep.json") == json.loads(json.dumps(read_sweep(out))) and (out / "report.html").exists():
-        return read_sweep(out)  # nothing new
-    return write_sweep(out)
+    return write_sweep(out, pages)
 
 
 def _check_executor(executor, jobs, address, gpus_per_run, cpus_per_run):
