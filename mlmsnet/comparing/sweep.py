@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SWEEP_FORMAT', 'EXECUTORS', 'check_key', 'SweepRun', 'training_hash', 'Sweep', 'is_sweep', 'load_sweep', 'lay_over',
            'take_folder', 'check_record', 'check_versions', 'note', 'journal', 'work', 'Display', 'last_words',
-           'read_sweep', 'setting_table', 'sweep_table', 'write_sweep', 'plan_table', 'check_plan', 'check_images',
-           'run_sweep', 'effect_figure']
+           'read_sweep', 'setting_table', 'sweep_table', 'sweep_study', 'write_sweep', 'plan_table', 'check_plan',
+           'check_images', 'run_sweep', 'effect_figure']
 
-# %% ../../nbs/comparing/sweep.ipynb #aaa79fe2
+# %% ../../nbs/comparing/sweep.ipynb #55b7ff62
 import contextlib
 import json
 import os
@@ -31,7 +31,7 @@ from .compare import (SCORES, LossSpec, PlannedRun, check_data, check_losses, ch
                                        place_data, record_failure, run_result, score_run, work_through)
 from .executors import in_processes, load_ray, on_ray, share_out
 from .scores import mean_of, mean_sd, pm
-from .study import factor_label
+from .study import Study, factor_label, read_study
 from ..core import ConfigError, DataError, MlmsError, atomic_write, load_checkpoint, load_json, nearest, save_checkpoint, save_json
 from ..data.datasets import DATASETS
 from ..data.labels import get_table
@@ -742,7 +742,17 @@ def sweep_table(
         lines.append(f"| {r['label']} | {' | '.join(pm(r[k]) for k in SCORES)} | {len(r['seeds'])} of {r['of']} | {len(r['failed']) or ''} |")
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/comparing/sweep.ipynb #df2c2e30
+# %% ../../nbs/comparing/sweep.ipynb #2f467cd1
+def sweep_study(
+    out,  # Folder of a sweep
+    result: dict | None = None,  # What `read_sweep` said, if it was asked
+) -> Study:
+    "The runs of a sweep as a study: arms against its base, differences with intervals, costs"
+    out, result = Path(out), result or read_sweep(out)
+    there = [r for r in result["runs"] if (out / r["path"] / "config.yaml").exists()]
+    return read_study([out / r["path"] for r in there], base=result["base"], factors={out / r["path"]: r["factors"] for r in there})
+
+
 def write_sweep(
     out,  # Folder of a sweep
     pages: bool = True,  # The report, too
@@ -750,14 +760,12 @@ def write_sweep(
 ) -> dict:
     "Write sweep.json, report.html, report.md and figures/ from the records in `out`; returns what `read_sweep` does"
     from mlmsnet.comparing.report import write_markdown, write_report
-    from mlmsnet.comparing.study import read_study
     out, result = Path(out), read_sweep(out)
     if not anew and _summary(out, "sweep.json") == json.loads(json.dumps(result)) and ((out / "report.html").exists() or not pages):
         return result
     save_json(result, out / "sweep.json")
     if pages and any("miou" in r for r in result["runs"]):
-        there = [r for r in result["runs"] if (out / r["path"] / "config.yaml").exists()]
-        study = read_study([out / r["path"] for r in there], base=result["base"], factors={out / r["path"]: r["factors"] for r in there})
+        study = sweep_study(out, result)
         write_report(study, out / "report.html", title=result["name"], figures=out / "figures")
         write_markdown(study, out / "report.md", title=result["name"], figures=out / "figures")
     return result
