@@ -30,9 +30,9 @@ def built(name, **over):
 
 
 # --- cost --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("backbone,hw", [("mobilenetv3_large", (713, 713)), ("mobilenetv3_large", (360, 480)), ("mobilenetv3_small", (360, 480))])
+@pytest.mark.parametrize("backbone,hw", [("large", (713, 713)), ("large", (360, 480)), ("small", (360, 480))])
 def test_lite_costs_at_most_half(backbone, hw):
-    base, lite = (built(n, backbone=backbone) for n in ("mlms_s", "mlms_lite"))
+    base, lite = (built(n, backbone=f"mobilenetv3_{backbone}") for n in ("mlms_s", "mlms_lite"))
     assert count_macs(lite, hw) <= 0.5 * count_macs(base, hw)
     assert count_params(lite) < count_params(base)
 
