@@ -8,7 +8,7 @@ __all__ = ['SWEEP_FORMAT', 'EXECUTORS', 'check_key', 'SweepRun', 'training_hash'
            'read_sweep', 'setting_table', 'sweep_table', 'sweep_study', 'write_sweep', 'plan_table', 'check_plan',
            'check_images', 'run_sweep', 'effect_figure']
 
-# %% ../../nbs/comparing/sweep.ipynb #55b7ff62
+# %% ../../nbs/comparing/sweep.ipynb #aaa79fe2
 import contextlib
 import json
 import os
@@ -742,7 +742,7 @@ def sweep_table(
         lines.append(f"| {r['label']} | {' | '.join(pm(r[k]) for k in SCORES)} | {len(r['seeds'])} of {r['of']} | {len(r['failed']) or ''} |")
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/comparing/sweep.ipynb #2f467cd1
+# %% ../../nbs/comparing/sweep.ipynb #df2c2e30
 def sweep_study(
     out,  # Folder of a sweep
     result: dict | None = None,  # What `read_sweep` said, if it was asked
@@ -992,7 +992,6 @@ def effect_figure(
     "Each factor in a panel: the score of all runs with each of its values, and their mean"
     from matplotlib import rc_context
 
-    from mlmsnet import viz
     factors = {k: v for k, v in result["factors"].items() if len(v) > 1} or result["factors"]
     with rc_context(viz.STYLE):
         fig = viz.figure(max(4, 2.6 * len(factors)), 2.8)
