@@ -16,7 +16,7 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """With several workers (pytest-xdist) a file's tests stay together, for they share servers and trained runs; notebooks and losses are spread."""
+    """With several workers (pytest-xdist) a file's tests stay together, for they share runs; notebooks and losses are spread."""
     for item in items:
         if item.path.name not in ("test_notebooks.py", "test_losses.py"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from .. import viz
 from .scores import pm
 from .statistics import BEYOND, Comparison
-from .study import Entry, Group, Study, board, collect, group_seeds, leaderboard, pareto, read_study, seed_table, short_labels, telling_images
+from .study import (  # noqa: F401
+    Entry, Group, Study, board, collect, group_seeds, leaderboard, pareto, read_study, seed_table, short_labels, telling_images)
 from ..core import DataError, atomic_write
 from ..data.labels import colorize, get_table, numbered_table
 from ..evaluation.evaluate import load_prediction, prediction_path

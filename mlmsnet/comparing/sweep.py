@@ -992,6 +992,8 @@ def effect_figure(
     "Each factor in a panel: the score of all runs with each of its values, and their mean"
     from matplotlib import rc_context
 
+    from mlmsnet import viz
+
     factors = {k: v for k, v in result["factors"].items() if len(v) > 1} or result["factors"]
     with rc_context(viz.STYLE):
         fig = viz.figure(max(4, 2.6 * len(factors)), 2.8)
