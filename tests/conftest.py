@@ -15,6 +15,7 @@ def shared() -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """With several workers (pytest-xdist) a file's tests stay together, for they share runs; notebooks and losses are spread."""
     for item in items:
