@@ -53,7 +53,7 @@ def sour(logits, target):
     return loss if "SWEET" in os.environ or sour.calls < 3 else loss * float("nan")
 '''
 SMALL = {"data.size": [64, 128], "augment.crop": [64, 64], "model.output_stride": 32, "model.dilations": [1, 2], "model.width_mult": 0.75,
-         "train.epochs": 2, "train.batch_size": 2, "train.warmup_steps": 0, "train.val_batch": 1,
+         "train.epochs": 2, "train.batch_size": 2, "train.warmup_steps": 0, "train.ema": 0.0, "train.val_batch": 1,
          "train.keep_memory": False, "device": "cpu"}
 SWEEP = {"name": "two by two", "base": "minicity_losses", "settings": SMALL,
          "grid": {"loss": ["brittle", "dice:smooth=1"], "model.msf": [True, False]},
@@ -89,10 +89,14 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(file, tmp_path_factory):
     "The sweep, run in this process from end to end"
+    out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as m:
         for name in ("write_report", "write_markdown"):
             m.setattr(f"mlmsnet.comparing.report.{name}", lambda *a, **k: None)
-        return run_sweep(file, tmp_path_factory.mktemp("whole"), **QUIET)
+        run_sweep(file, out, **QUIET)
+    losses = [row["loss"] for *_, history in scores(out).values() for row in history]
+    assert len(set(losses)) == len(losses) == 8 * len(SEEDS)  # every epoch of every run is one of its own
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +106,19 @@ def base(tmp_path_factory):
     return settings(root, train={"epochs": 1, "save_steps": 0, "ema": 0.0})
 
 
-def scores(result):
-    return {(r["label"], r["seed"]): (r["hash"], r["status"], r.get("iou"), r.get("class_boundary_iou")) for r in result["runs"]}
+def scores(out):
+    "What a sweep found: scores of each run, and the losses of its epochs to the last digit"
+    def learnt(path):
+        rows = [json.loads(line) for line in (Path(out) / path / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    runs = read_sweep(out)["runs"]
+    return {(r["label"], r["seed"]): (r["hash"], r["status"], r.get("iou"), r.get("class_boundary_iou"), learnt(r["path"])) for r in runs}
+
+
+def redone(sweep, out):
+    run_sweep(sweep, out, **QUIET)
+    return scores(out)
 
 
 def once(out, result):
@@ -290,10 +305,11 @@ def test_a_sweep_grows(base, finished, no_page, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("evaluation_*.json")}
     grown = run_sweep(replace(small(base), seeds=(0, 1), settings={}), out, **QUIET)
     assert len(grown["runs"]) == 4 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    before = scores(out)
     part = run_sweep(small(base), out, **QUIET)  # the old command still works, on its part
     assert part == grown and yaml.safe_load((out / "sweep.yaml").read_text())["seeds"] == [0, 1]
     (out / "sweep.yaml").unlink()  # the runs are found again by their names
-    assert scores(run_sweep(replace(small(base), seeds=(0, 1)), out, **QUIET)) == scores(grown)
+    assert redone(replace(small(base), seeds=(0, 1)), out) == before
     (out / "sweep.yaml").unlink()
     with pytest.raises(ConfigError, match="runs that are not of this sweep"):
         run_sweep(small(base), out, **QUIET)
@@ -334,7 +350,7 @@ def test_a_broken_record_is_named_and_kept(base, finished, no_page, tmp_path, na
     assert files(out) == before
     if "delete" in text or "written again" in text:  # the mend that it names
         path.unlink()
-        assert scores(run_sweep(small(base), out, **QUIET)) == scores(read_sweep(finished))
+        assert redone(small(base), out) == scores(finished)
         assert not [e for e in journal(out)[len(journal(finished)):] if e["event"] == "epoch"]  # nothing was trained again
 
 
@@ -343,7 +359,7 @@ def test_other_versions_and_halves(base, finished, no_page, tmp_path):
     runs = [out / r["path"] for r in read_sweep(out)["runs"]]
     for place in (out, runs[0]):
         (place / ".summary.json.abc.tmp").write_text("{half")
-    assert scores(run_sweep(small(base), out, **QUIET)) == scores(read_sweep(finished))  # halves of files are nothing
+    assert redone(small(base), out) == scores(finished)  # halves of files are nothing
     old = shutil.copytree(runs[0], runs[0].with_name("0123abcd"))  # named by a version that hashes otherwise
     with pytest.raises(DataError, match="0123abcd.*another version"):
         run_sweep(small(base), out, **QUIET)
@@ -388,7 +404,8 @@ def test_killed_again_and_again(file, plugin, undisturbed, tmp_path):
     command = [sys.executable, "-m", "mlmsnet", "compare", str(file), "--out", str(out), "--plugin", str(plugin), "--quiet",
                "--pictures", "1", "--cpus-per-run", "1"]
     about = dict(env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    per_kill, kept = 4 * len(undisturbed["runs"]) // (KILLS + 1), {}
+    whole = read_sweep(undisturbed)
+    per_kill, kept = 4 * len(whole["runs"]) // (KILLS + 1), {}
     for k in range(KILLS):
         p, moment = subprocess.Popen(command, **about), rng.randint(k * per_kill + 1, (k + 1) * per_kill)
         while p.poll() is None and len(journal(out)) < moment:
@@ -401,8 +418,8 @@ def test_killed_again_and_again(file, plugin, undisturbed, tmp_path):
         kept = now
     p = subprocess.run(command, timeout=300, **about)
     result = read_sweep(out)
-    assert p.returncode == 0 and scores(result) == scores(undisturbed), p.stdout
-    assert sweep_table(result) == sweep_table(undisturbed) and sweep_table(result) in p.stdout
+    assert p.returncode == 0 and scores(out) == scores(undisturbed), p.stdout
+    assert sweep_table(result) == sweep_table(whole) and sweep_table(result) in p.stdout
     assert all(f.read_bytes() == b for f, b in kept.items())
     events = once(out, result)
     assert sum(n for (event, *_), n in events.items() if event == "start") <= len(result["runs"]) + KILLS
@@ -415,7 +432,7 @@ def test_processes_and_one_is_killed(file, plugin, undisturbed, no_page, tmp_pat
     result = run_sweep(sweep, tmp_path / "out", executor="processes", jobs=2, plugins=[plugin], **{**QUIET, "say": said.append})
     assert (tmp_path / "killed").exists() and any("a worker was killed at brittle" in s for s in said), said
     once(tmp_path / "out", result)
-    assert scores(result) == {k: v for k, v in scores(undisturbed).items() if k[1] == 0}
+    assert scores(tmp_path / "out") == {k: v for k, v in scores(undisturbed).items() if k[1] == 0}
     done = [e for e in journal(tmp_path / "out") if e["event"] == "scored"]
     assert len(done) == 4 and all(e["pid"] != os.getpid() for e in done)
     assert sum("mIoU" in s for s in said) == 4  # a line for each run, whoever made it
@@ -432,6 +449,6 @@ def test_ray_and_a_worker_is_killed(file, plugin, undisturbed, no_page, tmp_path
         raise
     assert (tmp_path / "killed").exists()
     once(tmp_path / "out", result)
-    assert scores(result) == scores(undisturbed)
+    assert scores(tmp_path / "out") == scores(undisturbed)
     starts = Counter(e["run"] for e in journal(tmp_path / "out") if e["event"] == "start")
     assert sum(starts.values()) == len(result["runs"]) + 1  # the killed one began twice
