@@ -1,6 +1,8 @@
 """The docs site, built without Quarto and looked at in a browser that has no outside network to lean on."""
+import fcntl
 import functools
 import http.server
+import os
 import shutil
 import subprocess
 import sys
@@ -30,11 +32,17 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def site(chromium):
+def site(chromium, tmp_path_factory):
     if not (ROOT / "node_modules/katex").exists() and not shutil.which("npm"):
         pytest.skip("formulas need KaTeX, and npm is not here to bring it")
-    done = subprocess.run([sys.executable, "tools/docs.py", "site", "--backend", "smalldocs"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    own = tmp_path_factory.getbasetemp()
+    ours = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own  # of all processes of this test run
+    with open(ours / "site.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait and look
+        if not (ours / "site.built").exists():
+            done = subprocess.run([sys.executable, "tools/docs.py", "site", "--backend", "smalldocs"], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+            (ours / "site.built").touch()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
