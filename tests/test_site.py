@@ -40,7 +40,8 @@ def site(chromium, tmp_path_factory):
     with open(ours / "site.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait and look
         if not (ours / "site.built").exists():
-            done = subprocess.run([sys.executable, "tools/docs.py", "site", "--backend", "smalldocs"], cwd=ROOT, capture_output=True, text=True)
+            build = [sys.executable, "tools/docs.py", "site", "--backend", "smalldocs"]
+            done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-2000:]
             (ours / "site.built").touch()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE)))
