@@ -52,7 +52,7 @@ def curves_figure(
         ax.legend(fontsize=8, frameon=False, **({"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(groups) > 4 else {}))
     return fig
 
-
+# %% ../../nbs/comparing/report.ipynb #83f1be42
 def class_heatmap(
     entries: list[Entry],
     boundary: bool = False,  # Boundary IoU instead of IoU
@@ -111,7 +111,7 @@ def difference_figure(study: Study) -> Figure | None:
 
 _COSTS = {"macs": ("GMACs of an image", 1e9), "params": ("parameters in millions", 1e6), "latency": ("ms per image, batch 1", 1e-3), "min": ("minutes of training", 1)}
 
-
+# %% ../../nbs/comparing/report.ipynb #46c9f84b
 def cost_figure(
     study: Study,
     key: str = "macs",  # macs | params | latency | min
@@ -372,7 +372,7 @@ def _protocol(study):
             + ("One seed: differences of a point or two are noise." if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds.")
             + (" Rare: mean IoU of the classes with less than 1 % of the labelled pixels." if any("share" in (x.metrics or {}) for x in entries) else ""))
 
-
+# %% ../../nbs/comparing/report.ipynb #5cd10fac
 def _luck(study):
     "What the intervals and the floor mean, in the words of this study"
     pooled = study.pooled
@@ -434,7 +434,7 @@ def _as_study(runs, base, factors, failures, pooled, resamples):
         raise DataError(f"no run here has a result yet{why}; train one to its end first")
     return study
 
-
+# %% ../../nbs/comparing/report.ipynb #9f363df2
 def _drawn(study, path, folder):
     "name -> {svg, href}: the link is a file beside the page, or the figure itself"
     out = {}

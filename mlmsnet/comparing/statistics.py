@@ -132,7 +132,7 @@ def class_differences(
     seen = np.stack([class_iou(r.counts.sum(0)) for r in (*a, *b)])
     return {c: _difference(seen[:, i], runs[..., i], len(a), c, resample_seeds, seed, level, len(a[0].names)) for i, c in enumerate(a[0].classes)}
 
-
+# %% ../../nbs/comparing/statistics.ipynb #4176cff9
 def _difference(seen, runs, n, score, resample_seeds, seed, level, images):
     "Difference of the first n rows and the others, from what was seen and from the resamples"
     arms = [runs[:n], runs[n:]]
@@ -153,7 +153,7 @@ def _drawn_seeds(runs, rng):
         raise ConfigError("resample_seeds needs two or more seeds in each arm; train more, or leave it out")
     return np.take_along_axis(runs, rng.integers(n, size=(n - 1, runs.shape[1])), 0)
 
-
+# %% ../../nbs/comparing/statistics.ipynb #a6f2db1c
 def _aligned(a, b):
     "Both arms as lists, in the order of the first run's images; a `DataError` if they were not scored on the same ones"
     a, b = ([x] if isinstance(x, PerImage) else list(x) for x in (a, b))

@@ -127,7 +127,7 @@ def factor_label(
 # %% ../../nbs/comparing/study.ipynb #b84be44a
 _SCORES = {"mIoU": "miou", "mAcc": "macc", "allAcc": "allacc", "rare classes": "rare", "boundary IoU": "boundary"}
 
-
+# %% ../../nbs/comparing/study.ipynb #3645b253
 @dataclass
 class Group:
     "Runs that differ in their seed alone"
@@ -293,7 +293,7 @@ def _why(e):
     done = len(e.record.history)
     return f"not finished: {done} of {e.record.config.train.epochs} epochs" if done < e.record.config.train.epochs else "trained, not evaluated"
 
-
+# %% ../../nbs/comparing/study.ipynb #1aac6700
 def _check_images(entries):
     "Read the counts per image; what cannot be used is said, and the rest goes on"
     notes = []

@@ -82,7 +82,7 @@ def _expanded(flat: dict) -> dict:
             out[key] = value
     return out
 
-
+# %% ../../nbs/comparing/sweep.ipynb #be401f44
 def _flat_settings(d: dict) -> dict:
     "Settings as dotted keys, from dotted or nested ones"
     sections = {k.split(".")[0] for k in valid_keys() if "." in k}
@@ -130,7 +130,7 @@ def _get(cfg, key: str):
         cfg = cfg[part] if isinstance(cfg, dict) else getattr(cfg, part)
     return cfg
 
-
+# %% ../../nbs/comparing/sweep.ipynb #64954e4a
 def _put(cfg, key: str, value):
     "A copy of the config with one value changed; whatever a dataclass checks is checked again"
     head, _, rest = key.partition(".")
@@ -263,7 +263,7 @@ def factors(self: Sweep) -> dict[str, list]:
     "Factor → its values; the arms are the values of a factor called `arm`"
     return {**({"arm": list(self.arms)} if self.arms else {}), **{k: list(v) for k, v in self.grid.items()}}
 
-
+# %% ../../nbs/comparing/sweep.ipynb #a12efd0c
 @patch
 def runs(
     self: Sweep,
@@ -304,7 +304,7 @@ def is_sweep(d) -> bool:
     "Does this dict describe a sweep?"
     return isinstance(d, dict) and bool({"grid", "arms"} & set(d))
 
-
+# %% ../../nbs/comparing/sweep.ipynb #7d5167bc
 def load_sweep(
     path,  # A YAML file with `base`, and `grid` or `arms`
     settings=(),  # Laid over it, as on a command line: ["--train.epochs", "2"]
@@ -338,7 +338,7 @@ def load_sweep(
     sweep = Sweep(**{"name": path.stem, **{k: v for k, v in given.items() if v is not None}}, where=str(path))
     return lay_over(sweep, settings)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #ad6e3230
 def lay_over(
     sweep: Sweep,
     settings,  # As on a command line: ["--train.epochs", "2"]
@@ -394,7 +394,7 @@ def _enter(sweep: Sweep, out: Path) -> Sweep:
         yaml.safe_dump(json.loads(json.dumps(d)), f, sort_keys=False)
     return load_sweep(out / "sweep.yaml")
 
-
+# %% ../../nbs/comparing/sweep.ipynb #89d1a4ec
 def _check_stray(sweep: Sweep, out: Path):
     "A folder with runs and without a sweep.yaml: fine if they are ours"
     ours = {r.hash for r in sweep.runs(out)}
@@ -469,7 +469,7 @@ def _check_config(run: SweepRun):
         diff = ", ".join(f"{k}: {a} → {b}" for k, (a, b) in list(differences(run.cfg, found).items())[:3] if k != "device")
         raise DataError(f"{path} does not fit the name of its folder ({diff}); {mend}")
 
-
+# %% ../../nbs/comparing/sweep.ipynb #ebf0d3bc
 def _read(path: Path, mend: str) -> dict:
     try:
         found = load_json(path)
@@ -537,7 +537,7 @@ def _train(run: SweepRun, family: list[SweepRun], data: dict, note: Callable):
     else:
         learn(run)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #3df3004e
 def _take_over(run: SweepRun, donor: SweepRun):
     weights = {**load_checkpoint(donor.path / "best.pt"), "config": to_dict(run.cfg)}
     save_checkpoint(weights, run.path / "best.pt")
@@ -577,7 +577,7 @@ def _stops_all(e: BaseException) -> bool:
     "A full disk is nothing that a run could be blamed for"
     return isinstance(e, OSError) or "could not be saved" in str(e)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #c6360887
 def _one(run: SweepRun, family: list[SweepRun], sets: dict, out: Path, pictures: int) -> str:
     "Train and score one run; what goes wrong is kept as its result"
     def tell(event, r=run, **more):
@@ -677,7 +677,7 @@ class Display:
         result = f"failed: {run.failure()}" if run.failure() else f"mIoU {_read(run.record, '')['metrics']['miou']:.4f}"
         return f"[{n}/{len(self.plan)}] {run.name}: {result}" + (f" (about {left:.0f} min to go)" if left >= 1 and self.bar is None else "")
 
-
+# %% ../../nbs/comparing/sweep.ipynb #232938d1
 def last_words(run: SweepRun, history: list[dict]) -> str:
     "Where a run is: `epoch 3/8, loss 1.2345, mIoU 0.3210`"
     names = {"loss": "loss", "miou": "mIoU"}
@@ -716,7 +716,7 @@ def _base_of(sweep: Sweep, family: list[SweepRun]) -> dict:
     cfg = sweep.config()
     return next((r.factors for r in family if config_hash(replace(r.cfg, seed=cfg.seed)) == config_hash(cfg)), family[0].factors)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #eb3ab851
 def setting_table(
     rows: list[dict],  # Runs, as in `read_sweep`
 ) -> list[dict]:
@@ -770,7 +770,7 @@ def write_sweep(
         write_markdown(study, out / "report.md", title=result["name"], figures=out / "figures")
     return result
 
-
+# %% ../../nbs/comparing/sweep.ipynb #3c45a9e0
 def plan_table(
     sweep: Sweep,
     out,  # Its folder, which need not exist
@@ -833,7 +833,7 @@ def check_images(
         build_dataset(cfg, cfg.data.test)
         check_data([r.path for r in runs if (r.path / "config.yaml").exists()], data)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #45f4bf42
 def _check_model(run: SweepRun, classes: int):
     import torch
     try:
@@ -886,7 +886,7 @@ def run_sweep(
         _execute(executor, spec, plan, out, shares, display, dict(jobs=jobs, address=address, cpus=cpus_per_run, gpus=gpus_per_run))
     return write_sweep(out, pages)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #00bde4f9
 def _check_executor(executor, jobs, address, gpus_per_run, cpus_per_run):
     if executor not in EXECUTORS:
         near = nearest(executor, EXECUTORS)
@@ -940,7 +940,7 @@ def _execute(executor, spec, plan, out, shares, display, how):
                 groups.setdefault(r.training, []).append(r.hash)
         on_ray("mlmsnet.comparing.sweep:work", [{**spec, "runs": g} for g in groups.values()], out / "sweep.yaml", lost=losses.of_task, **how)
 
-
+# %% ../../nbs/comparing/sweep.ipynb #6bc674e0
 @contextlib.contextmanager
 def _threads(n):
     import torch

@@ -121,7 +121,7 @@ def _likely_cause(bad: list[int], num_classes: int, table_name: str) -> str:
         return f"probably void written as {num_classes}; write void as 255, or pass mask_map={{{num_classes}: 255}}"
     return f"classes are 0..{num_classes - 1} and void is 255; relabel the file, or pass a mask_map that translates its values"
 
-
+# %% ../../nbs/data/datasets.ipynb #70d8ad43
 def check_label(
     mask: np.ndarray,  # H W, uint8, values as in the file
     legal: np.ndarray,  # 256 booleans: may this value occur?

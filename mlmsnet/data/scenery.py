@@ -535,7 +535,7 @@ def paint_pole(canvas: Canvas, x: float, z: float, height: float, wide: float = 
         parts += [limb, lamp]
     canvas.stamp(label, parts, depth)
 
-
+# %% ../../nbs/data/scenery.ipynb #55026d28
 SIGNS = ("limit", "warning", "priority", "stop", "parking", "direction", "blue", "no entry", "yield")
 
 # %% ../../nbs/data/scenery.ipynb #a4425d0f

@@ -207,7 +207,7 @@ def _round_step(step):
     power = 10.0 ** np.floor(np.log10(step))
     return next(k * power for k in (1, 2, 2.5, 5, 10) if k * power >= step * (1 - 1e-9))
 
-
+# %% ../../nbs/labs/loss_curves.ipynb #fccbbe64
 def _text(value):
     return "auto" if value is None else "yes" if value is True else "no" if value is False else value if isinstance(value, str) else f"{value:.4g}"
 
@@ -349,7 +349,7 @@ def _page_axes(name, view):
         return [(axes[0][0], [v for v in param_values(axes[0][0], 6) if v <= axes[0][1][-1]])]
     return axes[:2]
 
-
+# %% ../../nbs/labs/loss_curves.ipynb #8428775c
 @functools.lru_cache(256)
 def _page_loss(build, name, view):  # `build`: a name that is registered anew is another loss
     "One loss as the page's script wants it; None if it cannot be drawn in this view"
@@ -437,7 +437,7 @@ def _page_scene(view):
     axes = [("object size (left)", PAGE_SIZE, 3, " px"), ("precision", PAGE_PRECISION, 1, ""), ("recall (right)", PAGE_R, 4, "")]
     return panels, "".join(_input(label, [f"{v:g}{unit}" for v in values], at, "data-scene") for label, values, at, unit in axes)
 
-
+# %% ../../nbs/labs/loss_curves.ipynb #af852fee
 def curves_page(
     view: str,  # `pixel` or `region`
     families: dict | None = None,  # family -> names; default: `listed(view)`
@@ -622,7 +622,7 @@ class LossCurves(Explorer):
         "Self-contained HTML: the curves as numbers, plain inputs, and a script that draws"
         return curves_page(self.view, self.families, tuple(self.picker.chosen), self.title)
 
-
+# %% ../../nbs/labs/loss_curves.ipynb #74554597
 def _scene_controls(view):
     axis = choice("relative", [("as it is", False), ("each curve to its maximum", True)], label="loss axis")
     if view == "pixel":

@@ -98,7 +98,7 @@ class EfficientNetLite(PaddedBackbone):
             maps.append(x)
         return maps[2:]
 
-
+# %% ../../nbs/networks/efficientnet.ipynb #2b4fc1ce
 _EPS = SOURCES["efficientnet_lite"].recipe.bn_eps
 
 

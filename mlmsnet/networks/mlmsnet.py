@@ -156,7 +156,7 @@ class MLMSNet(SegModel):
             maps = [msf(m) for msf, m in zip(self.msf, maps)]
         return self.head(self.mlf(maps) if self.mlf is not None else side_by_side(maps))
 
-
+# %% ../../nbs/networks/mlmsnet.ipynb #cde390f7
 def _projections(channels, level_chs):
     "Down only: a wider map would hold nothing new, and every layer above would pay for it"
     layers = nn.ModuleList(ConvNormAct(c, level_chs, 1) if c > level_chs else nn.Identity() for c in channels)
@@ -226,7 +226,7 @@ class MLMSOptions(BackboneOptions):
     head: str | None = None
     head_chs: int | None = None
 
-
+# %% ../../nbs/networks/mlmsnet.ipynb #5c5091a3
 @dataclass(frozen=True)
 class BaselineOptions(BackboneOptions):
     "Everything `create_model` can change in `baseline`"
@@ -274,7 +274,7 @@ def _own_backbone(o, source):
     _refuse(o)
     return create_backbone(o.backbone, weights=source, **{n: getattr(o, n) for n in _CHOICES - _not_taken(o.backbone)})
 
-
+# %% ../../nbs/networks/mlmsnet.ipynb #85a34d4c
 _CHOICES = {"width_mult", "output_stride", "finest_stride", "dilate", "se_after_act", "padding"}
 
 
@@ -328,7 +328,7 @@ def register_model(
     "Add a preset; see `recipe` for what it can do"
     MODELS[name] = recipe(options, build)
 
-
+# %% ../../nbs/networks/mlmsnet.ipynb #c5dbcd14
 def on_backbone(
     cls,  # A `SegModel` whose further arguments are the further fields of its options
 ) -> Callable:
@@ -366,7 +366,7 @@ def create_model(
     `create_model(**model.settings)`."""
     if "/" not in name and name not in MODELS:
         available_models()
-    make = importlib.import_module("mlmsnet.networks.rivals").library_model(name) if "/" in name else MODELS[name]
+    make = importlib.import_module("mlmsnet.networks.rivals").from_library(name) if "/" in name else MODELS[name]
     model = make(num_classes, **overrides)
     model.settings = {"name": name, **getattr(model, "settings", {"num_classes": num_classes, **overrides})}
     return model

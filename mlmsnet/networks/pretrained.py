@@ -110,7 +110,7 @@ def rename_mobilenetv3_pytorch(
         return f"{_LAST[m[1]]}.{m[2]}"
     return key if re.fullmatch(r"classifier\.[03]\.\w+", key) else None
 
-
+# %% ../../nbs/networks/pretrained.ipynb #03022cfe
 def rename_torchvision(
     key: str,  # For example `features.4.block.2.fc1.weight`
     state: dict,
@@ -138,7 +138,7 @@ _TIMM = {"conv_pw": "expand.conv", "bn1": "expand.norm", "conv_dw": "depthwise.c
 _TIMM_WITHOUT_EXPANSION = {"conv_dw": "depthwise.conv", "bn1": "depthwise.norm", "conv_pw": "project.conv", "bn2": "project.norm"}
 _TIMM_SE = {"se.conv_reduce": "se.squeeze", "se.conv_expand": "se.excite"}
 
-
+# %% ../../nbs/networks/pretrained.ipynb #9558b768
 def rename_timm(
     key: str,  # For example `blocks.2.0.se.conv_reduce.weight`
     state: dict,  # All keys, to see how many blocks a stage has and which expand
@@ -196,7 +196,7 @@ SOURCES = {
 # first 16 digits of the SHA-256 of the stem's weights in float16 -> source, where the names mislead
 _FINGERPRINTS = {"cdcbd6eb0a611729": "Google's TFLite"}
 
-
+# %% ../../nbs/networks/pretrained.ipynb #e19f5582
 def source_of(
     source,  # A state_dict, or the path of a file
 ) -> str:
@@ -298,7 +298,7 @@ def _load(model, source, family, rename, recipe):
         maker = family  # load_strict will say which names are foreign
     return load_by_rule(model, source, rename, recipe or SOURCES[maker].recipe, maker)
 
-
+# %% ../../nbs/networks/pretrained.ipynb #63dc6785
 LOADERS = {"torchvision": load_torchvision, "mobilenetv3.pytorch": load_mobilenetv3_pytorch, "timm": load_timm}
 
 # %% ../../nbs/networks/pretrained.ipynb #81ba9097

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LibraryNet', 'TorchvisionEncoder', 'TorchvisionNet', 'load_torchvision_segmentation', 'TorchvisionOptions',
            'SmpEncoder', 'SmpNet', 'SmpOptions', 'LRASPPHead', 'TimmEncoder', 'HeadNet', 'HeadOptions', 'TimmOptions',
-           'library_model']
+           'from_library']
 
 # %% ../../nbs/networks/rivals.ipynb #73fa8750
 import importlib
@@ -476,7 +476,7 @@ def _fits(encoder, multiple):
     return all(m.shape[1:] == (c, -(-h // s), -(-w // s)) for m, c, s in zip(maps, encoder.channels, encoder.strides))
 
 # %% ../../nbs/networks/rivals.ipynb #f6e9249c
-def library_model(
+def from_library(
     name: str,  # `torchvision/NAME`, `smp/NAME` or `timm/NAME`
 ):
     "`make(num_classes, **overrides)` for a network of a library; `create_model` calls it for every name with a slash"

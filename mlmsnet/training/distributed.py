@@ -97,7 +97,7 @@ def _own_device(device, local_rank, size) -> torch.device:
                           "give torchrun a smaller --nproc_per_node, or use --device cpu")
     return torch.device("cuda", local_rank)
 
-
+# %% ../../nbs/training/distributed.ipynb #660021f2
 def _join(world):
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -159,7 +159,7 @@ def gather(thing) -> list:
     dist.all_gather_object(things, thing)
     return things
 
-
+# %% ../../nbs/training/distributed.ipynb #35de7e91
 def mean(
     x: torch.Tensor,  # On the device of the process; no gradient flows
 ) -> torch.Tensor:
@@ -208,7 +208,7 @@ def everywhere(error: Exception) -> Exception:
     error.everywhere = True
     return error
 
-
+# %% ../../nbs/training/distributed.ipynb #d5e41b4a
 def tells(error: BaseException) -> bool:
     "Shall this process print the error? One that shall not waits a little: when the first process ends, torchrun stops the others"
     if hasattr(error, "everywhere"):
@@ -270,7 +270,7 @@ class _WholeBatchNorm(torch.autograd.Function):
 def _others(x):
     return [0, *range(2, x.dim())]
 
-
+# %% ../../nbs/training/distributed.ipynb #4858c9ac
 def _wide(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -298,7 +298,7 @@ class SyncBatchNorm2d(BatchNorm2d):
         self.running_mean.lerp_(mean.to(self.running_mean), share)
         self.running_var.lerp_(var.to(self.running_var), share)
 
-
+# %% ../../nbs/training/distributed.ipynb #06ae76af
 def sync_batchnorm(
     model: nn.Module,  # Changed in place; parameters, buffers and keys stay what they are
 ) -> nn.Module:

@@ -132,7 +132,7 @@ class ModelEma:
 class TrainingError(MlmsError):
     "Training cannot go on"
 
-
+# %% ../../nbs/training/loop.ipynb #4d870f03
 class Trainer:
     "Everything that moves during a run"
 
@@ -222,7 +222,7 @@ def add_gradients(self: Trainer, x, y, index, n: int = 1) -> dict:
     self.scaler.scale(loss / n).backward()
     return values
 
-
+# %% ../../nbs/training/loop.ipynb #ee370d37
 @patch
 def train_step(self: Trainer, batches) -> dict:
     "One optimiser step over `accumulate` batches; returns the losses as floats"
@@ -368,7 +368,7 @@ def fit(
         _train(trainer, folder, last, facts, on_epoch)
         return broadcast(load_run(folder.path) if is_main() else None)
 
-
+# %% ../../nbs/training/loop.ipynb #4737ee93
 def _train(t, folder, last, facts, on_epoch):
     if t.epoch == t.cfg.train.epochs:
         if t.progress:
@@ -449,7 +449,7 @@ def _bar(t, name):
     quiet = 0.2 if sys.stderr.isatty() else 15  # a log file gets a line now and then, not ten a second
     return tqdm(total=t.total_steps, initial=t.step, desc=name, unit="step", mininterval=quiet, dynamic_ncols=True)
 
-
+# %% ../../nbs/training/loop.ipynb #ba31f0a8
 def _tensorboard(path, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -520,7 +520,7 @@ def load_weights(
 def _of_other_classes(own, there, num_classes):
     return own is not None and own.ndim and own.shape[0] == num_classes != there.shape[0] and own.shape[1:] == there.shape[1:]
 
-
+# %% ../../nbs/training/loop.ipynb #d77e3c01
 def checkpoint_in(
     path,  # A run's folder, or a checkpoint
     which: str = "best",  # In a folder: `best` or `last`, the other one if it is not there
@@ -591,7 +591,7 @@ def _short(v):
     v = list(v) if isinstance(v, tuple) else v
     return [round(x, 4) if isinstance(x, float) else x for x in v] if isinstance(v, list) else v
 
-
+# %% ../../nbs/training/loop.ipynb #9b865fd9
 def describe_start(
     start: dict,  # From `start_model`
 ) -> str:
