@@ -108,11 +108,11 @@ def picture(
     return file.getvalue()
 
 # %% ../../nbs/labs/explorer.ipynb #3c8e867f
-_CSS = """.mlms-explorer{border:1px solid rgba(128,128,128,.35);border-radius:8px;padding:.8em 1em;margin:1em 0;max-width:100%}
+_CSS = """.mlms-explorer{box-sizing:border-box;border:1px solid rgba(128,128,128,.35);border-radius:8px;padding:.8em 1em;margin:1em 0;max-width:100%}
 .mlms-explorer .mlms-title{font-weight:600;margin-bottom:.4em}
 .mlms-explorer .mlms-controls{display:flex;flex-wrap:wrap;gap:.3em 1.6em;margin-bottom:.6em}
-.mlms-explorer label{display:flex;align-items:center;gap:.5em;font-size:.92em}
-.mlms-explorer input[type=range]{width:11em;accent-color:#0072B2}
+.mlms-explorer label{display:flex;flex-wrap:wrap;max-width:100%;align-items:center;gap:.5em;font-size:.92em}
+.mlms-explorer input[type=range]{width:11em;max-width:34vw;accent-color:#0072B2}.mlms-explorer select{max-width:100%}
 .mlms-explorer output{min-width:3em;font-variant-numeric:tabular-nums}
 .mlms-explorer img{display:block;max-width:100%;height:auto;background:#fff;border-radius:4px}
 .mlms-explorer .mlms-note{font-size:.85em;opacity:.85;margin:.5em 0 0}"""
