@@ -43,3 +43,69 @@ def test_committed_outputs(path):
     assert path.stat().st_size < 3_000_000, "a page above 3 MB"
     shows = any(word in "".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code" for word in ("plt.", "show_grid", "imshow"))
     assert not shows or pictures or any("text/html" in o.get("data", {}) for o in outputs), "draws, but holds no picture: run it and commit"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_outputs_are_of_this_code(path):
+    """The hashes that the last whole run wrote are those of the code and the outputs that lie here now."""
+    from run_notebooks import stale
+    assert not stale(path), f"{stale(path)}: python tools/run_notebooks.py {path.relative_to(ROOT)}"
+
+
+def test_records_have_notebooks():
+    records = {f: json.loads(f.read_text()) for f in (ROOT / "nbs").rglob(".outputs.json")}
+    assert not [f.parent / n for f, r in records.items() for n in r if not (f.parent / n).exists()]
+
+
+def test_edits_are_noticed(tmp_path):
+    """An edited cell, a retouched output and a hand-made notebook are told from a run; prose may change."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+    from run_notebooks import load_record, run, stale
+    path = tmp_path / "a.ipynb"
+
+    def write(*codes, prose="words"):
+        cells = [new_markdown_cell(prose, id="m"), *[new_code_cell(c, id=f"c{i}") for i, c in enumerate(codes)]]
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3"}}), path)
+
+    def edit(change):
+        nb = nbformat.read(path, 4)
+        change(nb.cells)
+        nbformat.write(nb, path)
+    write("1 + 1")
+    assert stale(path) is None  # nothing shown, nothing to prove
+    run(path)
+    assert stale(path) is None and load_record(path)
+    edit(lambda cells: cells[0].update(source="other words"))
+    assert stale(path) is None
+    edit(lambda cells: cells[1].outputs[0].data.update({"text/plain": "3"}))
+    assert "output was changed" in stale(path)
+    run(path)
+    edit(lambda cells: cells[1].update(source="1 + 2"))
+    assert "edited after" in stale(path)
+    run(path)
+    edit(lambda cells: cells.append(new_code_cell("#| gpu\n7", id="g", outputs=cells[1].outputs)))
+    run(path)
+    assert stale(path) is None and len(nbformat.read(path, 4).cells[2].outputs) == 1  # from a GPU, say: kept
+    edit(lambda cells: cells[2].update(source="#| gpu\n8"))
+    run(path)
+    assert stale(path) is None and not nbformat.read(path, 4).cells[2].outputs  # not of this code any more: dropped
+    (tmp_path / ".outputs.json").unlink()
+    assert "no run" in stale(path)
+
+
+def test_records_from_several_runs_at_once(tmp_path):
+    """Two processes that record in one folder at the same time both leave their lines."""
+    import subprocess
+
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+    for i in range(12):
+        cell = new_code_cell(str(i), id="c", outputs=[new_output("execute_result", {"text/plain": str(i)})])
+        nbformat.write(new_notebook(cells=[cell]), tmp_path / f"{i}.ipynb")
+    code = ("import sys; sys.path.insert(0, 'tools'); from pathlib import Path; from run_notebooks import write_record\n"
+            "for p in sys.argv[1:]: write_record(Path(p))")
+    shares = [[str(tmp_path / f"{i}.ipynb") for i in range(k, 12, 2)] for k in (0, 1)]
+    jobs = [subprocess.Popen([sys.executable, "-c", code, *share], cwd=ROOT) for share in shares]
+    assert [j.wait() for j in jobs] == [0, 0]
+    assert len(json.loads((tmp_path / ".outputs.json").read_text())) == 12
