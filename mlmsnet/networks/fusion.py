@@ -82,7 +82,9 @@ def _init_fusion(module):
 
 
 class MSF(nn.Module):
-    "Multi-scale fusion: the map itself and its dilated 3×3 views, side by side, gated per channel, fused by a 1×1 layer"
+    """Multi-scale fusion: the map itself and its dilated 3×3 views, side by side, gated per channel, fused by a 1×1 layer.
+
+    With `branch_chs` it is narrow: the views are taken of a projection to so many channels, and what they add is added to the map."""
 
     def __init__(
         self,
@@ -90,18 +92,29 @@ class MSF(nn.Module):
         out_chs: int | None = None,  # None: as many as came in
         dilations: tuple[int, ...] = (6, 12, 18),  # One branch each
         version: int = 1,  # 1: full 3×3 branches and `ChannelGate`; 2: separable branches and `SqueezeExcite`
+        branch_chs: int | None = None,  # Channels of a branch; None: as many as came in
     ):
         super().__init__()
+        out_chs, chs = out_chs or in_chs, branch_chs or in_chs
+        if branch_chs and out_chs != in_chs:
+            raise ConfigError(f"branch_chs is {branch_chs}: narrow branches are added to the map, so {out_chs} channels cannot come out where {in_chs} came in")
         def branch(d):
-            return ConvNormAct(in_chs, in_chs, 3, dilation=d) if version == 1 else SeparableConv(in_chs, in_chs, d)
+            return ConvNormAct(chs, chs, 3, dilation=d) if version == 1 else SeparableConv(chs, chs, d)
+        self.narrow = ConvNormAct(in_chs, chs, 1) if branch_chs else None
         self.branches = nn.ModuleList(branch(d) for d in dilations)
-        wide = in_chs * (1 + len(self.branches))
-        self.attention = _attention(wide, version)
-        self.fuse = ConvNormAct(wide, out_chs or in_chs, 1)
+        views = chs * len(self.branches) + (0 if branch_chs else in_chs)
+        self.attention = _attention(views, version)
+        self.fuse = ConvNormAct(views, out_chs, 1, act="none" if branch_chs else "relu")
         _init_fusion(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        views = torch.cat([x, *(b(x) for b in self.branches)], 1)  # N C H W -> N 4C H W
+        if self.narrow is None:
+            return self._fused([x, *(b(x) for b in self.branches)])
+        seen = self.narrow(x)
+        return x + self._fused([b(seen) for b in self.branches])
+
+    def _fused(self, views):
+        views = torch.cat(views, 1)  # N C H W each -> N 4C H W
         return self.fuse(rescale(views, self.attention(views)))
 
 # %% ../../nbs/networks/fusion.ipynb #550422c3

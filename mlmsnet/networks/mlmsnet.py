@@ -80,14 +80,16 @@ def _counts(values) -> bool:
     return isinstance(values, (list, tuple)) and len(values) > 0 and all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
 
 
-def _check_components(version, dilations, level_chs, head, head_chs):
+def _check_components(version, dilations, wide, msf, level_chs, branch_chs, head, head_chs):
     if version not in (1, 2):
         raise ConfigError(f"version is {version!r}; it can be 1 (MLMSNet) or 2 (MLMSNetv2)")
     if not _counts(dilations):
         raise ConfigError(f"dilations are {dilations!r}; they must be whole numbers ≥ 1, for example (6, 12, 18)")
-    for name, value in (("level_chs", level_chs), ("head_chs", head_chs)):
+    for name, value in (("level_chs", level_chs), ("branch_chs", branch_chs), ("head_chs", head_chs)):
         if value is not None and not _counts([value]):
             raise ConfigError(f"{name} is {value!r}; it must be a whole number ≥ 1")
+    if branch_chs is not None and (wide or not msf):
+        raise ConfigError(f"branch_chs is {branch_chs}, but " + ("narrow branches are added to the map and cannot widen it: set wide false" if wide else "msf is off: there are no branches"))
     if head not in HEADS:
         raise ConfigError(unknown("head", head, HEADS))
     if head == "light" and head_chs is not None:
@@ -129,12 +131,13 @@ class MLMSNet(SegModel):
         aux: bool | None = None,  # Auxiliary head? None: in version 1 only, as in the original
         levels: tuple[int, ...] | None = None,  # Which of the backbone's maps are fused, 0 the finest; None: all
         level_chs: int | None = None,  # Levels with more channels are projected to so many before MSF; None: none is
+        branch_chs: int | None = None,  # Channels of MSF's branches, added to the map instead of fused with it; None: the level's
         fuse_stride: int | None = None,  # Stride at which levels meet: finer ones are averaged down to it before MSF; None: the finest
         head: str | None = None,  # `conv` (full 3×3), `separable` or `light` (no filter); None: `conv` in version 1, `light` in 2
         head_chs: int | None = None,  # Hidden channels of the head; None: 128, or 256 if wide
     ):
         head = ("conv" if version == 1 else "light") if head is None else head
-        _check_components(version, dilations, level_chs, head, head_chs)
+        _check_components(version, dilations, wide, msf, level_chs, branch_chs, head, head_chs)
         super().__init__(backbone, num_classes, version == 1 if aux is None else aux, dropout)
         self.levels = _check_levels(levels, self.strides)
         strides, chs = [self.strides[i] for i in self.levels], [self.channels[i] for i in self.levels]
@@ -144,7 +147,7 @@ class MLMSNet(SegModel):
         chs = [min(c, level_chs or c) for c in chs]
         up = 2 if wide else 1
         outs = [c * up for c in chs] if msf else chs
-        self.msf = nn.ModuleList(MSF(c, o, tuple(dilations), version) for c, o in zip(chs, outs)) if msf else None
+        self.msf = nn.ModuleList(MSF(c, o, tuple(dilations), version, branch_chs) for c, o in zip(chs, outs)) if msf else None
         self.mlf = MLF(sum(outs), version) if mlf else None
         self.head = _head(head, sum(outs), head_chs or 128 * up, num_classes, dropout)
 
@@ -222,6 +225,7 @@ class MLMSOptions(BackboneOptions):
     aux: bool | None = None
     levels: tuple[int, ...] | None = None
     level_chs: int | None = None
+    branch_chs: int | None = None
     fuse_stride: int | None = None
     head: str | None = None
     head_chs: int | None = None

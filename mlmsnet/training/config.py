@@ -51,6 +51,7 @@ class ModelConfig:
     dilations: tuple[int, ...] | None = None  # of the multi-scale branches
     levels: tuple[int, ...] | None = None  # which of the backbone's maps are fused, 0 the finest; null: all
     level_chs: int | None = None  # levels with more channels are projected to so many before the fusion; null: none is
+    branch_chs: int | None = None  # channels of MSF's branches, then added to the map and not fused with it; null: the level's
     fuse_stride: int | None = None  # stride at which the levels meet; null: that of the finest
     head: Literal["conv", "separable", "light"] | None = None  # filter of the head: full 3x3, separable, or none
     head_chs: int | None = None  # hidden channels of the head; null: 128, or 256 if wide
