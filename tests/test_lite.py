@@ -76,7 +76,8 @@ def test_channels_last_and_folding_make_no_difference():
 # --- options -----------------------------------------------------------------------------------------------------------------
 OPTIONS = {
     "version": (1, 2), "msf": (True, False), "mlf": (True, False), "wide": (True, False), "levels": (None, (0, 2)),
-    "level_chs": (None, 8), "branch_chs": (None, 8), "fuse_stride": (None, 16), "head": (None, "conv", "separable", "light"), "head_chs": (None, 24),
+    "level_chs": (None, 8), "branch_chs": (None, 8),
+    "fuse_stride": (None, 16), "head": (None, "conv", "separable", "light"), "head_chs": (None, 24),
     "output_stride": (8, 16, 32), "finest_stride": (8, 4),
 }  # fmt: skip
 
@@ -217,7 +218,8 @@ def test_settings_survive_a_checkpoint(tmp_path):
     ({"head": "seperable"}, "Did you mean separable"), ({"head": "light", "head_chs": 64}, "light head has no hidden"),
     ({"head": None, "head_chs": 64}, "light head has no hidden"), ({"head_chs": 0}, "head_chs is 0"),
     ({"head_chs": 1.5}, "whole number"), ({"level_chs": -8}, "level_chs is -8"), ({"level_chs": True}, "whole number"),
-    ({"branch_chs": 0}, "branch_chs is 0"), ({"branch_chs": 8, "wide": True}, "wide false"), ({"branch_chs": 8, "msf": False}, "msf is off"),
+    ({"branch_chs": 0}, "branch_chs is 0"),
+    ({"branch_chs": 8, "wide": True}, "wide false"), ({"branch_chs": 8, "msf": False}, "msf is off"),
     ({"levels": ()}, "levels are"), ({"levels": (0, 1)}, "the deepest, 2"),
     ({"levels": (2, 0)}, "rising order"), ({"levels": (0, 0, 2)}, "rising order"), ({"levels": (0, 3)}, "positions among [0, 1, 2]"),
     ({"levels": 2}, "positions among"), ({"levels": ("a", 2)}, "positions among"), ({"fuse_stride": 32}, "have strides 8, 8, 8"),
