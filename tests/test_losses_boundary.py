@@ -215,6 +215,17 @@ def test_maps_from_workers():
             torch.testing.assert_close(grad, slope)
 
 
+def test_a_compound_passes_maps_and_epochs_on():
+    z, y = blobs()
+    both, maps = Compound([(1, "dice"), (0.5, Boundary()), (0.5, BoundaryDice(alpha=0.1, alpha_step=0.1))]), prepare_maps(y)
+    MAP_CACHE.clear()
+    value = both(z, y, maps)
+    assert MAP_CACHE.misses == 0
+    torch.testing.assert_close(value, both(z, y))
+    both.set_epoch(3)
+    assert both.losses[2].alpha == pytest.approx(0.4)
+
+
 def test_wrong_maps():
     z, y = blobs()
     maps = prepare_maps(y)

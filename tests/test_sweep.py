@@ -209,6 +209,14 @@ def test_refused_on_the_command_line(file, tmp_path, capfd, monkeypatch, more, p
     assert not (tmp_path / "out").exists()
 
 
+def test_refused_under_torchrun(base, tmp_path, monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="under torchrun: start it alone"):
+        run_sweep(Sweep(base, {"model.msf": [True, False]}), tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 def test_found_before_anything_is_trained(base, tmp_path):
     for grid, part in (({"model.backbone": ["mobilenetv3_small", "mobilenetv3_smal"]}, "mobilenetv3_smal"),
                        ({"model.weights": ["none.pth"]}, "none.pth"),

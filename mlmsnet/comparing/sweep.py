@@ -38,6 +38,7 @@ from ..data.labels import get_table
 from ..evaluation.inference import InferenceConfig
 from ..training.config import (Config, check_keys, config_hash, differences, parse_config, read_yaml, save_config, shipped_configs, to_dict,
                                      valid_keys)
+from ..training.distributed import launched
 from ..training.loop import TrainingError, build_dataset, build_skeleton, fit
 from ..training.records import FORMAT, RunRecord, find_runs
 
@@ -891,6 +892,8 @@ def _check_executor(executor, jobs, address, gpus_per_run, cpus_per_run):
     if executor not in EXECUTORS:
         near = nearest(executor, EXECUTORS)
         raise ConfigError(f"no executor {executor!r}.{f' Did you mean {near[0]}?' if near else ''} Valid: {', '.join(EXECUTORS)}")
+    if launched():
+        raise ConfigError("a sweep under torchrun: start it alone, with --jobs N or --ray; for one training over several GPUs: torchrun -m mlmsnet train")
     if address and executor != "ray":
         raise ConfigError(f"address {address!r} is for the executor ray, not for {executor}")
     for name, n in (("jobs", jobs), ("cpus_per_run", cpus_per_run)):

@@ -7,6 +7,8 @@ __all__ = ['DiceCE', 'DiceFocal', 'DiceTopK', 'Combo', 'ExpLog', 'UnifiedFocalLo
            'ExpLogDice', 'ExpLogCE', 'UnifiedTversky', 'UnifiedFocal']
 
 # %% ../../nbs/losses/compound.ipynb #d356d59d
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,9 +35,17 @@ class Compound(SegLoss):
         self.weights = [w for w, _ in parts]
         self.losses = nn.ModuleList(x for _, x in parts)
 
-    def forward(self, logits, target):
-        "The weighted sum; parts of weight 0 are not computed"
-        active = [w * loss(logits, target) for w, loss in zip(self.weights, self.losses) if w > 0]
+    def set_epoch(self, epoch: int):
+        "Told to every part that has a schedule"
+        for loss in self.losses:
+            if hasattr(loss, "set_epoch"):
+                loss.set_epoch(epoch)
+
+    def forward(self, logits, target, maps: dict | None = None):
+        "The weighted sum; parts of weight 0 are not computed. `maps` (see `prepare_maps`) go to the parts that take them"
+        def part(loss):
+            return loss(logits, target, maps) if maps is not None and _takes_maps(loss) else loss(logits, target)
+        active = [w * part(loss) for w, loss in zip(self.weights, self.losses) if w > 0]
         return torch.stack(active).sum() if active else (logits.float() * 0).nan_to_num().sum()
 
     def values(self, logits, target) -> dict:
@@ -47,6 +57,10 @@ class Compound(SegLoss):
 
     def extra_repr(self):
         return f"weights={self.weights}"
+
+
+def _takes_maps(loss) -> bool:
+    return "maps" in inspect.signature(loss.forward).parameters
 
 # %% ../../nbs/losses/compound.ipynb #d88fa5e1
 def _share(name, default, key):
