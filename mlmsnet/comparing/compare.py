@@ -153,7 +153,7 @@ class PlannedRun:
 @dataclass(frozen=True)
 class LossRun(PlannedRun):
     "A loss and a seed"
-    loss: LossSpec
+    loss: LossSpec  # The loss and its parameters
 
     @property
     def name(self) -> str:
@@ -174,7 +174,7 @@ def check_seeds(
 def plan_runs(
     cfg: Config,  # What all runs share; its loss and seed are replaced
     losses,  # As for `parse_losses`
-    seeds=(0,),
+    seeds=(0,),  # Each loss is trained with each of these
     out="runs/compare",  # Each run goes to OUT/LOSS/seedK
 ) -> list[LossRun]:
     "All runs, ordered by seed, then by loss"
@@ -252,8 +252,8 @@ def train_and_score(
     run,  # Its folder
     cfg: Config,
     train_data=None,  # Default: what `cfg.data` says
-    val_data=None,
-    test_data=None,
+    val_data=None,  # Default: its `val` split
+    test_data=None,  # Default: the split it is scored on
     pictures: int = 12,  # Predictions to keep, spread over the split
     progress: bool = True,
 ) -> dict:
@@ -388,7 +388,7 @@ def data_sets(cfg: Config) -> dict:
 def compare_losses(
     config="minicity_losses",  # A shipped name, a YAML file or a dict: what all runs share
     losses=("cross_entropy", "ohem", "dice_ce"),  # As for `parse_losses`
-    seeds=(0,),
+    seeds=(0,),  # Each loss is trained with each of these
     out="runs/compare",  # Each run goes to OUT/LOSS/seedK, the tables and the page to OUT
     settings=(),  # Laid over the config, as on a command line: ["--train.epochs", "2"]
     images: tuple = (240, 96),  # MiniCity: scenes to draw for training and validation
@@ -420,10 +420,10 @@ def place_data(
     cfg: Config,
     out,  # Folder of the comparison
     given: bool,  # Did the user say where the data are?
-    images: tuple = (240, 96),
-    rarity: float = 0.0,
+    images: tuple = (240, 96),  # Scenes to draw for training and validation
+    rarity: float = 0.0,  # 0 as in Cityscapes .. 1 rare things almost never occur
     progress: bool = True,
-    say: Callable = print,
+    say: Callable = print,  # Takes the lines
 ) -> Config:
     "The config with the folder of its data; MiniCity of a shipped config is drawn into the comparison's folder"
     if cfg.data.name != "minicity" or given:

@@ -54,9 +54,9 @@ def curves_figure(
 
 # %% ../../nbs/comparing/report.ipynb #83f1be42
 def class_heatmap(
-    entries: list[Entry],
+    entries: list[Entry],  # One row each, if no groups are given
     boundary: bool = False,  # Boundary IoU instead of IoU
-    groups: list[Group] | None = None,
+    groups: list[Group] | None = None,  # One row each: the mean over seeds
 ) -> Figure:
     "Per-class IoU, runs (or means over seeds) by classes"
     shown = [(g.label, g.per_class(boundary)) for g in groups or group_seeds(entries)]
@@ -487,11 +487,11 @@ def write_markdown(
     runs,  # Run folders, or a Study
     path,  # The Markdown file
     title: str = "Comparison",
-    base=None,
-    factors=None,
-    failures=None,
+    base=None,  # Arm that the others are compared with
+    factors=None,  # Run folder -> its factors
+    failures=None,  # Runs without a result, and why
     figures=None,  # Folder: figures are written there as SVG files and linked
-    pooled: bool = False,
+    pooled: bool = False,  # Noise floor from the seeds of all arms, not the base's alone
     resamples: int = 10_000,
 ) -> Path:
     "Write the tables of a report as Markdown; returns its path"

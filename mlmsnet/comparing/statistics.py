@@ -81,16 +81,16 @@ def resampled_scores(
 class Difference:
     "A score of one arm minus that of another, between -1 and 1, with its bootstrap interval over images"
     mean: float  # as observed on the split
-    low: float
-    high: float
+    low: float  # lower end of the interval
+    high: float  # upper end
     p_sign: float  # share of the resamples in which the difference has not the observed sign
     a: float  # the arm's score, mean over its seeds
     b: float  # the other's
-    images: int
+    images: int  # how many were resampled
     runs: tuple[int, int]  # seeds of each arm
     resamples: int
     level: float
-    score: str
+    score: str  # what was compared: miou, macc, allacc or a class
 
     @property
     def clear(self) -> bool:
@@ -119,12 +119,12 @@ def paired_bootstrap(
 
 
 def class_differences(
-    a,
-    b,
+    a,  # Counts of the arm, see `paired_bootstrap`
+    b,  # Of the other
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-    resample_seeds: bool = False,
+    resample_seeds: bool = False,  # Resample the runs of each arm, too
 ) -> dict[str, Difference]:
     "`paired_bootstrap` of the IoU of every class, from the same resamples; NaN for a class that occurs nowhere"
     a, b = _aligned(a, b)
@@ -197,7 +197,7 @@ def t_quantile(
 @dataclass(frozen=True)
 class NoiseFloor:
     "The difference between two means of n seeds that one and the same arm exceeds by chance in 1 − level of cases"
-    floor: float
+    floor: float  # the difference, 0..1
     sd: float  # between seeds
     df: int  # degrees of freedom of sd
     n: tuple[int, int]  # seeds in each mean
@@ -227,9 +227,9 @@ def noise_floor(
 class Interval:
     "A difference of means over seeds with its t-interval"
     mean: float
-    low: float
-    high: float
-    df: float
+    low: float  # Lower end
+    high: float  # Upper end
+    df: float  # Degrees of freedom, after Welch and Satterthwaite
     level: float
 
     def __str__(self):
@@ -238,7 +238,7 @@ class Interval:
 
 def welch(
     a,  # Scores of the seeds of one arm
-    b,
+    b,  # Of the other arm
     level: float = 0.95,
 ) -> Interval | None:
     "mean(a) − mean(b) with an interval for unequal spreads; None unless both have two seeds"
@@ -276,13 +276,13 @@ class Comparison:
     images: Difference | None  # interval over images; None where counts were not kept
     floor: NoiseFloor | None  # of the seeds; None with a single one
     seeds: Interval | None  # Welch's interval
-    verdict: str
+    verdict: str  # in words, see the function `verdict`
 
 
 def verdict(
-    difference: float,
-    images: Difference | None,
-    floor: NoiseFloor | None,
+    difference: float,  # Of the means over seeds
+    images: Difference | None,  # Its interval over images, if known
+    floor: NoiseFloor | None,  # What seeds alone can do, if known
 ) -> str:
     "`beyond noise`, `within the noise`, or `unknown: one seed`"
     if (images is not None and not images.clear) or (floor is not None and abs(difference) <= floor.floor):

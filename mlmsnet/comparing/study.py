@@ -212,7 +212,7 @@ def _groups_by_factors(entries, factors):
 @dataclass
 class Study:
     "Arms of a comparison, best first, and what is known about them"
-    groups: list[Group]
+    groups: list[Group]  # the arms
     base: Group | None = None
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by label, without the base
     failures: list[tuple[str, str]] = field(default_factory=list)  # runs without a result, and why

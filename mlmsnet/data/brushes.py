@@ -135,7 +135,7 @@ def fixed(points) -> np.ndarray:
 class Canvas:
     "Image, depth and the polygons of all that was painted"
     cam: Camera
-    light: Light
+    light: Light  # Sun and sky of the scene
     image: np.ndarray = field(init=False)  # H x W x 3 uint8
     depth: np.ndarray = field(init=False)  # H x W float32, metres
     objects: list = field(default_factory=list)  # {"label", "polygon"} from back to front

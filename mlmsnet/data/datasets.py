@@ -127,7 +127,7 @@ def check_label(
     legal: np.ndarray,  # 256 booleans: may this value occur?
     path,  # For the message
     num_classes: int,
-    table_name: str = "",
+    table_name: str = "",  # Of the label table, for the message
 ):
     "Raise a `DataError` that names file, values and likely cause if `mask` holds an illegal value"
     if legal.all() or not (wrong := ~legal[mask]).any():
@@ -151,7 +151,7 @@ class SegmentationDataset:
         names: list[str] | None = None,  # One name per sample; made from the file names if absent
         mask_map=None,  # File value -> class: a dict of the changes ({11: 255}) or 256 numbers
         check: bool = True,  # Look at the range of label values the first time a file is read
-        split: str = "",
+        split: str = "",  # Its name, for messages and records
     ):
         self.root, self.table, self.split, self.check = Path(root), table, split, check
         self.image_paths = [Path(p) for p in image_paths]
@@ -336,7 +336,7 @@ class Cityscapes(SegmentationDataset):
     def __init__(
         self,
         root,  # Holds `leftImg8bit/` and `gtFine/`
-        split: str = "train",
+        split: str = "train",  # Train, val, trainval, test or demo
         check: bool = True,  # Check label ranges once per file
     ):
         _need_split(split, self.splits)
@@ -395,7 +395,7 @@ class CamVid(SegmentationDataset):
     def __init__(
         self,
         root,  # Holds `train/`, `trainannot/` … or `camvid_train.txt` …
-        split: str = "train",
+        split: str = "train",  # Train, val, test or trainval
         check: bool = True,  # Check label ranges once per file
     ):
         _need_split(split, self.splits)

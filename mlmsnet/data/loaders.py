@@ -50,7 +50,7 @@ class AugmentedDataset(Dataset):
 def epoch_order(
     n: int,  # Number of samples
     seed: int,
-    epoch: int,
+    epoch: int,  # Counted from 0
 ) -> np.ndarray:  # n, int64
     "The permutation of an epoch; it depends on (n, seed, epoch) alone"
     # Four keys: a stream of three, (seed, epoch, 0), would be that of sample 0 (missing keys count as 0)
@@ -65,7 +65,7 @@ class EpochBatches(Sampler):
         n: int,  # Number of samples
         batch_size: int,  # Per process
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: bool = True,  # A new order every epoch; False: that of the data set
         drop_last: bool = True,  # Drop what does not fill a batch on every process
         rank: int = 0,
         world: int = 1,
@@ -176,8 +176,8 @@ def eval_loader(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
-    pin_memory: bool | None = None,
-    prefetch: int = 2,
+    pin_memory: bool | None = None,  # Page-locked memory; None: if there is a GPU
+    prefetch: int = 2,  # Batches that each worker prepares ahead
 ) -> SegLoader:
     "All samples in order, each exactly once over all processes"
     batches = EpochBatches(len(dataset), batch_size, 0, False, False, rank, world)
@@ -263,7 +263,7 @@ _HEADER = 128  # bytes of the .npy header of a 1-D uint8 array
 
 def in_threads(
     fn,  # Called as `fn(i)`
-    n: int,
+    n: int,  # How many calls
     threads: int,
 ):
     "`fn(0) … fn(n-1)` in order, computed a few ahead (OpenCV decodes outside Python's lock)"

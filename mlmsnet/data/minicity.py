@@ -679,7 +679,7 @@ def _one_thread():
 def write_minicity(
     root,  # The folder; made if it is not there
     train: int = 200,  # Scenes of each split
-    val: int = 50,
+    val: int = 50,  # Scenes to check with
     cfg: MiniCityConfig = MiniCityConfig(),  # Size and knobs
     seed: int = 0,  # Another seed: another town
     workers: int = 0,  # Processes that draw; 0: this one

@@ -264,8 +264,8 @@ def _camvid_split(root: Path, split: str) -> list[tuple[Path, Path]]:
 class VerifyReport:
     "What was found in a split"
     dataset: str
-    images: int = 0
-    labels: int = 0
+    images: int = 0  # In the split
+    labels: int = 0  # How many of them have a label file
     sizes: dict = field(default_factory=dict)  # "WIDTHxHEIGHT" -> number of images
     values: list = field(default_factory=list)  # Label values that occur, void included
     absent: list = field(default_factory=list)  # Classes that never occur
@@ -324,7 +324,7 @@ class DatasetStats:
     "Class frequencies of a split"
     dataset: str
     table: LabelTable
-    images: int
+    images: int  # with a label
     pixels: np.ndarray  # int64 per class: labelled pixels
     present: np.ndarray  # int64 per class: images that contain the class
     in_present: np.ndarray  # int64 per class: labelled pixels of those images

@@ -65,7 +65,7 @@ def paint_strip(canvas: Canvas, label: str | None, x0: float, x1: float, color, 
 
 
 def paint_cross(canvas: Canvas, label: str | None, z0: float, z1: float, color, x0: float = -120.0, x1: float = 120.0, y: float = 0.0):
-    "Paint a strip of ground across the street"
+    "Paint a strip of ground across the street, `y` metres above it"
     points = np.array([[x0, y, z0], [x1, y, z0], [x1, y, z1], [x0, y, z1]])
     points[:, 0] -= canvas.cam.bend * points[:, 2] ** 2              # side streets do not bend
     points = canvas.cam.flatten(clip_near(canvas.cam.turn(points), canvas.cam.near))
@@ -77,7 +77,7 @@ def paint_cross(canvas: Canvas, label: str | None, z0: float, z1: float, color, 
 
 # %% ../../nbs/data/scenery.ipynb #4e1a388f
 def finish_ground(canvas: Canvas, shadows: list, dice: random.Random, rough: float = 1.0):
-    "Grain and shadows for all that lies below the horizon, and its depth; `shadows`: (N x 3 world points, darkness 0..1, blur in pixels)"
+    "Grain (`rough` times the usual, from `dice`) and shadows for all that lies below the horizon, and its depth; `shadows`: (N x 3 world points, darkness 0..1, blur in pixels)"
     cam = canvas.cam
     H, W = canvas.depth.shape
     top = max(0, int(cam.v0) + 2)
@@ -198,7 +198,7 @@ def window_cell(style: int) -> np.ndarray:
 
 # %% ../../nbs/data/scenery.ipynb #0d042af4
 def facade_texture(
-    dice: random.Random,
+    dice: random.Random,  # Decides what the street left open
     light: Light,
     bays: int,  # Windows side by side
     floors: int,  # Windows on top of each other
@@ -244,7 +244,7 @@ _STEPS = np.linspace(0, 1, 25)
 
 
 def visible_range(cam: Camera, p0, p1):
-    "The part [a, b] of the ground line p0 -> p1 (x, z) that is in sight, or None"
+    "The part [a, b] of the ground line `p0` -> `p1` (x, z) that is in sight, or None"
     u0, _, z0, _ = cam.point(p0[0], 0, p0[1])
     u1, _, z1, _ = cam.point(p1[0], 0, p1[1])
     if z0 > 2 * cam.near < z1 and max(u0, u1) > -20 and min(u0, u1) < cam.width + 20 and min(u0, u1) > -40 and max(u0, u1) < cam.width + 40:
@@ -261,7 +261,7 @@ def visible_range(cam: Camera, p0, p1):
 
 
 def wall_quad(cam: Camera, p0, p1, a: float, b: float, y0: float, y1: float):
-    "Corners (upper left, upper right, lower right, lower left) in pixels, and the distances of both ends"
+    "Corners (upper left, upper right, lower right, lower left) in pixels, and the distances of both ends, of the part `a`..`b` of the wall on `p0` -> `p1`"
     def at(t):
         return p0[0] + (p1[0] - p0[0]) * t, p0[1] + (p1[1] - p0[1]) * t
     (xa, za), (xb, zb) = at(a), at(b)
@@ -270,7 +270,7 @@ def wall_quad(cam: Camera, p0, p1, a: float, b: float, y0: float, y1: float):
 
 # %% ../../nbs/data/scenery.ipynb #044bd44f
 def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndarray, za: float, zb: float):
-    "Warp the part `source` (4 x 2 texture pixels) of a texture onto `quad` (4 x 2 image pixels); depth goes from za to zb"
+    "Warp the part `source` (4 x 2 pixels) of `texture` onto `quad` (4 x 2 image pixels); depth goes from za to zb"
     box = canvas.box([quad])
     if box is None:
         return
@@ -390,7 +390,7 @@ LEAVES = (((26, 42, 20), (138, 164, 78)), ((20, 38, 22), (104, 142, 70)), ((34, 
 
 
 def paint_crown(canvas: Canvas, kind: str, seed: int, u: float, v: float, w: float, h: float, tint: int, depth: float, label: str = "vegetation"):
-    "One crown, its outline and depth"
+    "One crown, its outline and depth: `w` by `h` pixels from (`u`, `v`) on, `depth` metres away"
     light = canvas.light
     gain = light.gain((-.6 if light.to_sun[0] < 0 else .6, .6, -.5))
     dark, bright = (np.float32(c) * g for c, g in zip(LEAVES[tint], (np.float32(light.ambient) * 1.5, gain)))
@@ -540,7 +540,7 @@ SIGNS = ("limit", "warning", "priority", "stop", "parking", "direction", "blue",
 
 # %% ../../nbs/data/scenery.ipynb #a4425d0f
 def paint_sign(canvas: Canvas, seed: int, x: float, z: float, height: float = 2.4, kind: str | None = None, pole: bool = True):
-    "A traffic sign on its pole, `height` metres to its middle"
+    "A traffic sign on its pole (none if not `pole`), `height` metres to its middle"
     dice = random.Random(seed)
     kind = kind or dice.choice(SIGNS)
     if pole:

@@ -122,7 +122,7 @@ def _underside(frame: Frame, canvas: Canvas, axles, top: float, half: float):
 
 # %% ../../nbs/data/traffic.ipynb #02e45111
 def paint_car(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, kind: str | None = None, label: str = "car", brake: bool = False):
-    "A car whose middle stands at (x, z); heading 0 drives away from us, pi comes towards us"
+    "A car whose middle stands at (x, z), its lights red if it `brake`s; heading 0 drives away from us, pi comes towards us"
     dice, light = random.Random(seed), canvas.light
     _, _, depth, k = canvas.cam.point(x, 0, z)
     kind = kind or dice.choice(("hatch", "hatch", "sedan", "wagon", "suv", "van") if dice.random() > .25 else ("sedan", "hatch", "wagon"))
@@ -263,7 +263,7 @@ def _panel(frame, e, y0, y1, w0, w1):
 
 # %% ../../nbs/data/traffic.ipynb #7fd98da8
 def paint_bus(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, train: bool = False):
-    "A city bus, or a tram"
+    "A city bus, or a tram (`train`)"
     dice, light = random.Random(seed), canvas.light
     length, half, height = (26.0, 1.3, 3.5) if train else (11.5, 1.27, 3.1)
     _, _, depth, k = canvas.cam.point(x, 0, z)
@@ -402,7 +402,7 @@ def paint_person(canvas: Canvas, seed: int, x: float, z: float, height: float = 
 
 # %% ../../nbs/data/traffic.ipynb #e38cbeca
 def paint_cyclist(canvas: Canvas, seed: int, x: float, z: float, heading: float = 0.0, motor: bool = False, rider: bool = True):
-    "A bicycle or motorcycle, with its rider unless it is parked"
+    "A bicycle or motorcycle (`motor`), with its `rider` unless it is parked"
     dice, light = random.Random(seed), canvas.light
     u, v, depth, k = canvas.cam.point(x, 0, z)
     if depth < 3.5 or k < 4 or not -2 * k < u < canvas.cam.width + 2 * k:

@@ -22,9 +22,9 @@ class AugmentConfig:
     "Training augmentation; the defaults are those of the original's Cityscapes runs"
     crop: tuple[int, int] = (713, 713)  # Height and width of the crop; a smaller image is padded
     scale_min: float = 0.5  # The frame is resized by a factor, uniform in [scale_min, scale_max]
-    scale_max: float = 2.0
+    scale_max: float = 2.0  # The largest factor
     rotate: float = 10.0  # With probability `rotate_p` turned by an angle uniform in ±rotate degrees
-    rotate_p: float = 0.5
+    rotate_p: float = 0.5  # Probability of a rotation
     blur: float = 0.5  # Probability of a 5x5 Gaussian blur
     flip: float = 0.5  # Probability of a left-right flip
     photometric: float = 0.0  # 0 off … 1: brightness, contrast, saturation by up to ±50 %, hue by up to ±18°
@@ -54,10 +54,10 @@ class Draw:
     "One outcome of the random choices"
     scale: float = 1.0  # Factor of the resize
     angle: float = 0.0  # Degrees, counter-clockwise; 0 where not rotated
-    blur: bool = False
-    flip: bool = False
+    blur: bool = False  # Is the image blurred?
+    flip: bool = False  # Is left exchanged with right?
     top: float = 0.0  # Where the crop lies: 0 topmost … 1 lowest
-    left: float = 0.0
+    left: float = 0.0  # 0 leftmost … 1 rightmost
     color: tuple = field(default=(1.0, 1.0, 1.0, 0.0))  # Factors of brightness, contrast, saturation; hue turn in degrees
 
 
@@ -198,7 +198,7 @@ class EvalTransform:
         mean: tuple = IMAGENET_MEAN,
         std: tuple = IMAGENET_STD,
         crop: tuple[int, int] | None = None,  # Height and width; None keeps the size of the image
-        ignore_index: int = 255,
+        ignore_index: int = 255,  # Label of the padding
     ):
         _check_colour(mean, std)
         self.mean, self.std, self.crop, self.ignore_index = tuple(mean), tuple(std), crop, ignore_index

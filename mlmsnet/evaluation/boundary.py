@@ -51,7 +51,7 @@ class TrimapIoU:
         num_classes: int,
         widths=(1, 2, 4, 8, 16),  # pixels; width w keeps what is less than w steps from a border pixel of the truth
         ignore_index: int = 255,  # void makes no borders and is not counted
-        names=None,
+        names=None,  # of the classes, for the table
     ):
         self.widths = tuple(widths)
         if not self.widths or any(w < 1 for w in self.widths) or sorted(set(self.widths)) != list(self.widths):

@@ -58,10 +58,10 @@ def latency(
     model,
     input_hw=(713, 713),
     device=None,  # default: the model's; the model is moved there and back
-    repeats: int = 20,
-    warmup: int = 3,
+    repeats: int = 20,  # measured passes
+    warmup: int = 3,  # passes before, not measured
     amp: str = "none",  # none | bf16 | fp16
-    batch: int = 1,
+    batch: int = 1,  # images per pass
 ) -> float:
     "Median seconds of one forward pass in evaluation mode, warmed"
     if amp not in AMP_DTYPES:
@@ -108,13 +108,13 @@ class _placed:
 @dataclass(frozen=True)
 class Cost:
     "What one image costs"
-    params: int
+    params: int  # numbers that are trained
     macs: int  # multiply-adds, convolutions and matrix products
     latency: float | None  # seconds, batch 1, median
     peak_memory: int | None  # bytes allocated on the GPU at the highest, weights included; None on a CPU
     input_hw: tuple[int, int]
     device: str  # name of the device
-    amp: str = "none"
+    amp: str = "none"  # none, bf16 or fp16
 
     def to_dict(self) -> dict:
         "Ready for JSON"
@@ -131,7 +131,7 @@ def measure_cost(
     input_hw=(713, 713),
     device=None,  # default: the model's
     repeats: int = 20,  # 0: no latency
-    amp: str = "none",
+    amp: str = "none",  # None, bf16 or fp16
 ) -> Cost:
     "Parameters, MACs, latency and (on a GPU) peak memory; the model is left as it was"
     home = next((p.device for p in model.parameters()), torch.device("cpu"))

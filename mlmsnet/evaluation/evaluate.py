@@ -37,7 +37,7 @@ class PerImage:
     "Pixels of each class in each labelled image: in both maps, in the target, in the prediction; void is left out"
     names: tuple[str, ...]  # of the images
     counts: np.ndarray  # N x C x 3 int64
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # Their names
 
     def __post_init__(self):
         if self.counts.dtype != np.int64 or self.counts.shape != (len(self.names), len(self.classes), 3):
@@ -100,11 +100,11 @@ def load_images(
 @dataclass
 class EvalResult:
     "What an evaluation found; `metrics` is None for a split without labels"
-    metrics: SegMetrics | None
+    metrics: SegMetrics | None  # none without labels
     per_class: list[dict]  # one dict per class: class, iou, acc, precision, share (and boundary_iou)
-    images: int
+    images: int  # how many were segmented
     labelled: int  # images with at least one labelled pixel
-    seconds: float
+    seconds: float  # of the whole evaluation
     config: dict = field(default_factory=dict)  # the InferenceConfig
     counts: list = field(default_factory=list)  # the confusion matrix, rows target, columns prediction
     boundary: dict | None = None  # of BoundaryIoU, if asked for
@@ -339,11 +339,11 @@ class _Scores:
 def evaluate_predictions(
     pred_dir,  # holds gray/NAME.png, or NAME.png
     dataset,
-    absent: str = "skip",
+    absent: str = "skip",  # skip or zero: what a class counts that is nowhere
     label_ids: bool = False,  # the files hold Cityscapes label ids
     progress: bool = True,
-    report: bool = True,
-    boundary: bool = False,
+    report: bool = True,  # print the table
+    boundary: bool = False,  # boundary IoU, too
 ) -> EvalResult:
     "Score saved class maps; a missing, broken or wrongly sized file is a `DataError` that names it"
     _check_label_ids(dataset.table, label_ids)

@@ -196,7 +196,7 @@ def _forward(model, cfg, device):
 # %% ../../nbs/evaluation/inference.ipynb #b349a747
 def scaled_size(
     hw,  # height, width of the image
-    scale: float,
+    scale: float,  # 1 is the size of the image, or of `base_size`
     base_size: int | None = None,  # long side at scale 1; None: the image's own
 ) -> tuple[int, int]:
     "Height and width at `scale`: the long side is rounded, the aspect is kept"

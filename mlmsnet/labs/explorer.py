@@ -79,8 +79,8 @@ def slider(
 def choice(
     name: str,
     options: Iterable,  # Values, or pairs (text, value)
-    value=None,
-    frames: Iterable = (),
+    value=None,  # Chosen at first; None: the first option
+    frames: Iterable = (),  # Values drawn for the page; none given: all of them
     label: str = "",
     several: bool = False,  # Any number of them; `value` is then a tuple
 ) -> Control:
@@ -137,7 +137,7 @@ def _input(control):
 
 
 def page_html(title: str, controls: str, body: str, data: dict, script: str, note: str = "") -> str:
-    "The frame that all explorers share on a page: title, controls, body, then the data and the script that moves it"
+    "The frame that all explorers share on a page: title, `controls` and `body` (HTML), then the `data` and the `script` that moves it; a `note` below"
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     head = f'<div class="mlms-title">{html.escape(title)}</div>' if title else ""
     foot = f'<p class="mlms-note">{html.escape(note)}</p>' if note else ""
@@ -180,7 +180,7 @@ class Explorer(W.VBox):
         alt: Callable | None = None,  # Same keywords -> what the figure shows, in one sentence
         note: str = "",  # Shown below the figure on a page
         dpi: int = 90,
-        page_dpi: int = 80,
+        page_dpi: int = 80,  # Of the frames on a page
         photo: bool | int = False,  # Frames are photographs and maps, not curves
     ):
         self.draw, self.controls, self.title, self.alt, self.note = draw, controls, title, alt, note

@@ -159,7 +159,7 @@ def _batch(recall, precision, size):
 def region_curve(
     loss,  # A loss `(logits, target) -> scalar`, or a registered name
     recall=0.5,  # A number or an array; the three are broadcast
-    precision=0.8,
+    precision=0.8,  # Share of the claimed pixels that are right
     size=250,  # Pixels of the object
 ) -> np.ndarray:
     "The loss of one partly found object (see `region_scene`), for each setting"
@@ -287,9 +287,9 @@ def draw_pixel_curves(
 def draw_region_curves(
     losses,  # As in `draw_pixel_curves`
     size: int = 250,  # Pixels of the object, left panel
-    precision: float = 0.8,
+    precision: float = 0.8,  # Of both panels
     recall: float = 0.5,  # Right panel
-    relative: bool = False,
+    relative: bool = False,  # Each curve divided by its largest value
 ) -> Figure:
     "The loss of one object: against recall at this size, and against size at this recall; both at one precision"
     curves = _measure(losses, "region", (size, precision, recall))

@@ -218,7 +218,7 @@ def _exchange(z, new):
 def spoil(
     mask,  # H W class numbers, 255 void
     table: LabelTable,
-    s: Spoil = Spoil(),
+    s: Spoil = Spoil(),  # The faults
     logits=None,  # C H W of a real network, to be spoilt instead of the truth
     prediction=None,  # H W, or only its class map
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,7 +245,7 @@ def spoil(
 class LossView:
     "What one loss makes of one prediction"
     name: str
-    value: float = float("nan")
+    value: float = float("nan")  # The loss
     pull: np.ndarray | None = None  # H W: norm over classes of dL/dlogits
     shares: np.ndarray | None = None  # C: share of the whole pull at the pixels of each class; sums to 1 (or is 0 if nothing pulls)
     pixels: np.ndarray | None = None  # H W: loss of each pixel, where the loss is a mean over pixels
@@ -254,7 +254,7 @@ class LossView:
 
 
 def class_shares(pull, target, num_classes: int) -> np.ndarray:
-    "Share of Σ pull at the pixels of each class of the target"
+    "Share of Σ `pull` at the pixels of each class of the `target`"
     pull, target = np.asarray(pull, np.float64), np.asarray(target)
     valid = target != 255
     sums = np.bincount(target[valid], weights=pull[valid], minlength=num_classes)
@@ -450,7 +450,7 @@ def draw_views(
     scene: Scene,
     logits: torch.Tensor,  # 1 C H W
     target: torch.Tensor,  # 1 H W
-    views: list[LossView],
+    views: list[LossView],  # A row each
     said: tuple[str, str] = ("", ""),  # What is wrong with target and prediction, in words
     most: int = 7,  # Classes with a bar of their own
 ) -> Figure:
@@ -485,7 +485,7 @@ def words(s: Spoil) -> tuple[str, str]:
 
 def see(
     scene: Scene,
-    s: Spoil,
+    s: Spoil,  # The faults
     losses: Mapping,  # Title -> a loss, or the name of a registered one
 ) -> tuple[torch.Tensor, torch.Tensor, list[LossView]]:
     "Spoil the scene and look at it with each loss: logits, target, views"
@@ -494,7 +494,7 @@ def see(
 
 
 def draw_maps(scene: Scene, s: Spoil, losses: Mapping) -> Figure:
-    "`see`, as a picture"
+    "`see(scene, s, losses)`, as a picture: `losses` under the faults `s`"
     return draw_views(scene, *see(scene, s, losses), words(s))
 
 # %% ../../nbs/labs/loss_maps.ipynb #eee68766

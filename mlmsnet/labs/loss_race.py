@@ -166,9 +166,9 @@ def _resize(x, like):
 @dataclass(frozen=True)
 class Entrant:
     "Who runs: a loss, its parameters, and the rules of the run"
-    loss: LossSpec
-    steps: int = 200
-    lr: float = 0.01
+    loss: LossSpec  # Which, with its parameters
+    steps: int = 200  # Updates of the weights
+    lr: float = 0.01  # Learning rate
     seed: int = 0  # Of first weights and order of the scenes
 
     def __post_init__(self):
@@ -185,7 +185,7 @@ class Entrant:
 @dataclass(frozen=True)
 class Lap:
     "How it stands after some steps"
-    step: int
+    step: int  # How many updates were made
     loss: float  # Mean training loss since the lap before (lap 0: on the first batch); on the scale of its own loss
     miou: float  # On the validation scenes
     acc: float  # Share of their pixels that are right
@@ -419,7 +419,7 @@ class Runner:
     def __init__(
         self,
         track: Track,
-        laps: int = 20,
+        laps: int = 20,  # Looks per run
         notice: Callable = lambda: None,  # Called, in the thread, after every lap, failure and at the end
     ):
         self.track, self.laps, self.notice = track, laps, notice
@@ -536,8 +536,8 @@ class LossRace(_Panel):
         self,
         losses=("cross_entropy", "ohem", "dice"),  # Chosen at first
         track: Track | None = None,  # Default: `race_track()`
-        steps: int = 200,
-        lr: float = 0.01,
+        steps: int = 200,  # Updates of the weights
+        lr: float = 0.01,  # Learning rate
         seed: int = 0,
         laps: int = 20,  # Looks per run
         results: dict | None = None,  # To start with, of the same track; as from `load_race`

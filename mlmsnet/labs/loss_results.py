@@ -67,7 +67,7 @@ def _numbers(entry: Entry, key: str, names) -> list:
 @dataclass
 class Results:
     "A comparison: seeds × classes for every loss and metric"
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # Their names
     share: np.ndarray  # Of the labelled pixels, per class; nan if not recorded
     runs: dict  # Loss -> its `Entry`s, by seed; best mean mIoU first
     values: dict  # Metric -> loss -> array, seeds × classes, 0..1
@@ -163,7 +163,7 @@ def heat_values(
 
 
 def heat_figure(results: Results, metric: str = "iou", base: str | None = None) -> Figure:
-    "The heat map of `heat_values`, in per cent"
+    "The heat map of `heat_values` (with its `metric` and `base`), in per cent"
     values = 100 * heat_values(results, metric, base)
     limit = max(5, np.nanmax(np.abs(values))) if base else 100
     names = [*results.classes, "mean"]
@@ -187,7 +187,7 @@ def heat_figure(results: Results, metric: str = "iou", base: str | None = None) 
 def class_figure(
     results: Results,
     cls: int,  # Number of the class
-    metric: str = "iou",
+    metric: str = "iou",  # A key of `METRICS`
 ) -> Figure:
     "Losses ranked on one class: a bar to the mean, a dot for each seed"
     order = sorted(results.losses, key=lambda loss: np.nan_to_num(results.mean(metric, loss)[cls], nan=-1))
@@ -421,7 +421,7 @@ def class_lab(results: Results) -> Explorer:
 
 
 def pictures_lab(pictures: Pictures, losses, base: str) -> Explorer:
-    "Images and differences with their controls"
+    "Images and differences with their controls; `losses` to choose from, `base` at first"
     with_files = [loss for loss in losses if loss in pictures.files]
     base = base if base in with_files else with_files[-1]
     best = tuple([loss for loss in with_files if loss != base][:2])

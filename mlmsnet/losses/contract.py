@@ -175,7 +175,7 @@ def hide_void(
 def safe_pow(
     x: torch.Tensor,  # Any numbers >= 0
     exponent: float,  # May lie between 0 and 1
-    tiny: float = 1e-12,
+    tiny: float = 1e-12,  # Below this the power is taken of `tiny`
 ) -> torch.Tensor:
     "`x ** exponent` whose gradient stays finite at 0, where that of a true power below 1 does not"
     return x.clamp_min(tiny).pow(exponent) if exponent != 1 else x

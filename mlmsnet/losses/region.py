@@ -210,7 +210,7 @@ class Dice(RegionLoss):
 
 # %% ../../nbs/losses/region.ipynb #5075a265
 def tversky_index(sums: RegionSums, alpha: float, beta: float, smooth: float = 0.0) -> torch.Tensor:
-    "tp / (tp + alpha·fp + beta·fn), rows × C; 1 where nothing is there and nothing is claimed"
+    "tp / (tp + `alpha`·fp + `beta`·fn), rows × C, `smooth` added above and below; 1 where nothing is there and nothing is claimed"
     den = sums.tp + alpha * (sums.p - sums.tp) + beta * (sums.n - sums.tp)
     return overlap_ratio(sums.tp + smooth, den + smooth)
 
@@ -273,7 +273,7 @@ class LogCoshDice(Dice):
 
 # %% ../../nbs/losses/region.ipynb #4c11fd3f
 def rarity(n: torch.Tensor, counted: torch.Tensor, power: float) -> torch.Tensor:
-    "Class weights 1/n^power, divided by that of the rarest class that counts: in 0..1; a class without pixels gets 1"
+    "Class weights 1/`n`^`power`, divided by that of the rarest class that is `counted`: in 0..1; a class without pixels gets 1"
     there = (n > 0) & (counted > 0)
     rarest = n.masked_fill(~there, torch.inf).amin(1, keepdim=True)
     return torch.where(there, rarest / n.clamp(min=1), 1) ** power

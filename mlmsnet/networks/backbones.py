@@ -84,7 +84,7 @@ MOBILENETV3_ROWS = {"large": _LARGE, "small": _SMALL}
 
 # %% ../../nbs/networks/backbones.ipynb #1a553002
 def strides_and_dilations(rows, output_stride, dilate):
-    "For each row of each stage its stride and dilation, so that no map is coarser than `output_stride`"
+    "For each row of each stage of `rows` its stride and dilation, so that no map is coarser than `output_stride`; `dilate` a layer whose stride went"
     plan, stride, holes = [], 2, 1  # the stem halves; holes = how much denser we are than the classifier
     for rows_of_stage in rows:
         stage = []
@@ -171,6 +171,7 @@ def _make_block(in_chs, row, width_mult, stride, dilation, se_after_act, eps):
 
 
 def init_weights(module):
+    "First weights: convolutions after He et al. 2015 by fan-out, linear layers normal with 0.01; norms keep theirs"
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out")
@@ -337,7 +338,7 @@ def _load_file(net, path, surplus=False):
 def download(
     fetch: Callable,  # Downloads, or reads its cache
     what: str,  # For the error
-    mend: str = "give a file instead, --model.weights PATH",
+    mend: str = "give a file instead, --model.weights PATH",  # What the user can do instead
 ):
     "`fetch()`; without a network the error says what could not be had and what to do instead"
     try:

@@ -174,8 +174,8 @@ class BiSeNetV2(SegModel):
 class BiSeNetV2Options(ModelOptions):
     "What can be changed in `bisenetv2`; `weights`: a file with the backbone's state_dict"
     expand: int = 6
-    head_chs: int = 1024
-    booster_chs: int = 128
+    head_chs: int = 1024  # Hidden channels of the head
+    booster_chs: int = 128  # Hidden channels of the helper heads
     dropout: float = 0.1
     aux: bool = True
 

@@ -107,7 +107,7 @@ class EfficientNetLiteClassifier(nn.Module):
 
     def __init__(
         self,
-        variant: str = "lite0",
+        variant: str = "lite0",  # Lite0 … lite4
         num_classes: int = 1000,
         dropout: float = 0.2,
         **kw,  # For `EfficientNetLite`; `output_stride` is 32 here unless given

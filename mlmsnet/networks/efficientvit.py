@@ -108,7 +108,7 @@ class EfficientViTBlock(nn.Module):
     def __init__(
         self,
         chs: int,
-        dim: int = 16,
+        dim: int = 16,  # Channels of an attention head
         expand: int = 4,
     ):
         super().__init__()
@@ -154,7 +154,7 @@ class EfficientViTSeg(SegModel):
         self,
         backbone: Backbone,
         num_classes: int,
-        head_chs: int = 32,
+        head_chs: int = 32,  # Width of the head
         head_depth: int = 1,  # `MBConv` blocks
         dropout: float = 0.0,
         aux: bool = False,
@@ -196,11 +196,11 @@ def load_efficientvit(
 @dataclass(frozen=True)
 class EfficientViTOptions(ModelOptions):
     "What can be changed in `efficientvit_b0`; `weights`: imagenet (through timm) or a file"
-    widths: tuple[int, ...] = (8, 16, 32, 64, 128)
-    depths: tuple[int, ...] = (1, 2, 2, 2, 2)
-    dim: int = 16
-    head_chs: int = 32
-    head_depth: int = 1
+    widths: tuple[int, ...] = (8, 16, 32, 64, 128)  # Channels of stem and stages
+    depths: tuple[int, ...] = (1, 2, 2, 2, 2)  # Blocks of stem and stages
+    dim: int = 16  # Channels of an attention head
+    head_chs: int = 32  # Width of the head
+    head_depth: int = 1  # Blocks of the head
     dropout: float = 0.0
     aux: bool = False
 

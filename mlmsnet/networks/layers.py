@@ -140,7 +140,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: int,  # Of the map, in and out
         reduction: int = 4,  # The squeeze has channels // reduction channels, rounded to a multiple of 8
         bias: bool = True,  # MLMSNetv2's attention has none
     ):
@@ -170,8 +170,8 @@ class InvertedResidual(nn.Module):
         dilation: int = 1,
         se: bool = False,  # Squeeze-and-excite?
         act: str = "relu",
-        se_after_act: bool = False,
-        bn_eps: float = 1e-5,
+        se_after_act: bool = False,  # Torchvision's order of attention and activation
+        bn_eps: float = 1e-5,  # Of the batch norms
     ):
         super().__init__()
         expands = hidden != in_chs

@@ -113,7 +113,7 @@ def rename_mobilenetv3_pytorch(
 # %% ../../nbs/networks/pretrained.ipynb #03022cfe
 def rename_torchvision(
     key: str,  # For example `features.4.block.2.fc1.weight`
-    state: dict,
+    state: dict,  # The other weights, to look at their names
     backbone: MobileNetV3,
 ) -> str | None:
     "A name of torchvision's MobileNetV3 in ours"

@@ -81,8 +81,8 @@ _KINDS = {0: (True,), 1: (False,), 2: (True, False)}  # psa_type -> collect? of 
 
 def mask_size(
     crop: tuple[int, int],  # Training crop (H, W) in pixels
-    shrink_factor: int = 2,
-    compact: bool = False,
+    shrink_factor: int = 2,  # The attention works on a map smaller by this
+    compact: bool = False,  # Masks on the map's own cells
     stride: int = 8,  # Of the map
 ) -> tuple[int, int]:
     "The mask that reaches over the whole map of a crop, as semseg chooses it"
@@ -101,7 +101,7 @@ class PSA(nn.Module):
         compact: bool = False,  # Masks on the map's own cells instead of offsets
         shrink_factor: int = 2,  # The attention works on a map smaller by this
         mask_h: int = 59,  # Size of the masks, see `mask_size`
-        mask_w: int = 59,
+        mask_w: int = 59,  # And their width
         normalization_factor: float | None = 1.0,  # Divides the result; None: mask_h · mask_w
         psa_softmax: bool = True,  # Weights that sum to 1
     ):
@@ -152,16 +152,16 @@ class PSANet(SegModel):
 class PSAOptions(BackboneOptions):
     "Everything `create_model` can change in `psanet`"
     backbone: str = "resnet50_deep"
-    psa: bool = True
-    mid: int | None = None
-    psa_type: int = 2
-    compact: bool = False
-    shrink_factor: int = 2
-    mask_h: int = 59
-    mask_w: int = 59
-    normalization_factor: float | None = 1.0
-    psa_softmax: bool = True
-    hidden: int | None = None
+    psa: bool = True  # False: the network without its attention
+    mid: int | None = None  # As in `PSA`, down to `psa_softmax`
+    psa_type: int = 2  # 0 collect, 1 distribute, 2 both
+    compact: bool = False  # Masks on the map's own cells
+    shrink_factor: int = 2  # The attention works on a map smaller by this
+    mask_h: int = 59  # Height of the masks
+    mask_w: int = 59  # Their width
+    normalization_factor: float | None = 1.0  # Divides the result
+    psa_softmax: bool = True  # Weights that sum to 1
+    hidden: int | None = None  # Channels of the head; None: a quarter of the map's, at least 128
     dropout: float = 0.1
     aux: bool = True
 

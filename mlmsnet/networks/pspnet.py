@@ -76,9 +76,9 @@ def head_width(
 class PSPOptions(BackboneOptions):
     "Everything `create_model` can change in `pspnet`"
     backbone: str = "resnet50_deep"
-    bins: tuple[int, ...] = (1, 2, 3, 6)
-    ppm: bool = True
-    hidden: int | None = None
+    bins: tuple[int, ...] = (1, 2, 3, 6)  # Sides of the pooled maps
+    ppm: bool = True  # False: the network without its pyramid
+    hidden: int | None = None  # Channels of the head; None: a quarter of the map's, at least 128
     dropout: float = 0.1
     aux: bool = True
 

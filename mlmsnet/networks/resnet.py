@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
         width: int,  # Channels of the 3×3 layers; a bottleneck gives four times as many out
         stride: int = 1,  # On the (first) 3×3 layer
         dilation: int = 1,  # Of the 3×3 layers
-        bottleneck: bool = True,
+        bottleneck: bool = True,  # Three layers instead of two
     ):
         super().__init__()
         out_chs = width * (4 if bottleneck else 1)

@@ -364,7 +364,7 @@ class LRASPPHead(nn.Module):
         low_chs: int,  # Channels of the fine map
         high_chs: int,  # Channels of the coarse map
         num_classes: int,
-        hidden: int = 128,
+        hidden: int = 128,  # Channels in between
     ):
         super().__init__()
         self.project = ConvNormAct(high_chs, hidden, 1)
@@ -417,10 +417,10 @@ class HeadNet(LibraryNet):
 class HeadOptions(BackboneOptions):
     "What can be changed in `lraspp_head` and `deeplabv3_head`: the two heads on any backbone, for comparisons in which the head alone changes"
     output_stride: int = 16
-    head: str = "lraspp"
+    head: str = "lraspp"  # Lraspp, aspp or conv
     dropout: float = 0.1
     aux: bool = False
-    dilations: tuple[int, ...] = (6, 12, 18)
+    dilations: tuple[int, ...] = (6, 12, 18)  # Of the branches of aspp
 
 
 register_model("lraspp_head", HeadOptions(), on_backbone(HeadNet))
@@ -430,7 +430,7 @@ register_model("deeplabv3_head", HeadOptions(head="aspp"), on_backbone(HeadNet))
 @dataclass(frozen=True)
 class TimmOptions(ModelOptions):
     "What can be changed around a timm encoder; `weights`: imagenet (timm's own) or a file"
-    head: str = "lraspp"
+    head: str = "lraspp"  # Lraspp, aspp or conv
     output_stride: int | None = None  # 8 or 16, where the encoder can
     dropout: float = 0.1
     aux: bool = False

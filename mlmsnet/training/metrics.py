@@ -58,14 +58,14 @@ def _check_range(x, num_classes, what, ignore_index=None):
 @dataclass(frozen=True)
 class SegMetrics:
     "Scores of one split, between 0 and 1; a per-class score that is 0/0 is None, a mean of nothing is 0"
-    miou: float
-    macc: float
-    allacc: float
+    miou: float  # mean IoU
+    macc: float  # mean recall of the classes
+    allacc: float  # share of the pixels that are right
     fwiou: float  # IoU weighted with the class's share of target pixels
     iou: list  # per class, float or None
     acc: list  # per class recall
-    precision: list
-    names: tuple
+    precision: list  # per class
+    names: tuple  # of the classes
     share: list  # per class, its share of the target pixels
     classes_counted: int  # how many classes the mIoU is a mean of
     absent: tuple  # names of classes neither in the target nor in the prediction
@@ -240,7 +240,7 @@ class BoundaryIoU:
         num_classes: int,
         ignore_index: int = 255,  # void pixels count neither in the target nor in the prediction
         ratio: float = 0.02,  # distance from the contour as a share of the image diagonal
-        names=None,
+        names=None,  # of the classes, for the table
     ):
         if num_classes > 254:
             raise ConfigError("BoundaryIoU counts up to 254 classes")

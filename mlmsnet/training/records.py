@@ -143,10 +143,10 @@ class RunFolder:
 @dataclass
 class RunRecord:
     "What a run left: settings, one dict per epoch, and the summary"
-    path: Path
-    config: Config
-    summary: dict
-    history: list[dict] = field(default_factory=list)
+    path: Path  # The run's folder
+    config: Config  # Its settings
+    summary: dict  # Best epoch, scores, machine
+    history: list[dict] = field(default_factory=list)  # One dict per epoch
 
     @property
     def finished(self) -> bool:
