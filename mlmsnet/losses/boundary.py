@@ -101,7 +101,9 @@ _NO_MAP = "left out (classes='present'); in images without the class its map is 
 
 # %% ../../nbs/losses/boundary.ipynb #0990bb50
 @register_loss("boundary", family="boundary", formula=r"\frac1{\lvert C\rvert\,n}\sum_{c}\sum_i \phi_c(i)\,p_c(i)",
-               paper="Kervadec et al., Boundary loss for highly unbalanced segmentation, MIDL 2019, eq. 5", absent=_NO_MAP + ", so false claims of it are free")
+               paper="Kervadec et al., Boundary loss for highly unbalanced segmentation, MIDL 2019, eq. 5", absent=_NO_MAP + ", so false claims of it are free",
+               url="https://arxiv.org/abs/1812.07032",
+               use="Outlines and distances matter, the object is small; always beside a region loss, never alone.")
 class Boundary(MapLoss):
     "Mean of the signed distance to the true edge, weighted with the predicted probability; in pixels, negative when perfect"
     params = (_REACH, Param("centered", "bool", False, doc="subtract what the true labels score (eq. 4): never negative, 0 when perfect"), *RegionLoss.params)
@@ -113,7 +115,9 @@ class Boundary(MapLoss):
 
 # %% ../../nbs/losses/boundary.ipynb #4f44d67b
 @register_loss("boundary_dice", family="boundary", formula=r"(1-\alpha)\,L_{Dice}+\alpha\,L_{boundary}",
-               paper="Kervadec et al., Boundary loss for highly unbalanced segmentation, MIDL 2019, sec. 2 and 3", absent="as in its parts")
+               paper="Kervadec et al., Boundary loss for highly unbalanced segmentation, MIDL 2019, sec. 2 and 3", absent="as in its parts",
+               url="https://arxiv.org/abs/1812.07032",
+               use="The boundary loss as its paper uses it: Dice first, then more and more boundary.")
 class BoundaryDice(SegLoss):
     "(1 - alpha) · Dice + alpha · boundary; `set_epoch(epoch)` moves alpha from its start by alpha_step per epoch, up to alpha_max"
     params = (Param("alpha", "float", 0.01, 0, 1, slider=(0, 1), zero="Dice alone", doc="weight of the boundary part; the start of the schedule"),
@@ -137,7 +141,9 @@ class BoundaryDice(SegLoss):
 # %% ../../nbs/losses/boundary.ipynb #1ea30d0d
 @register_loss("hausdorff_dt", family="boundary", formula=r"\frac1{\lvert C\rvert\,n}\sum_{c,i}(p_c-g_c)^2\,(d_{p_c}^{\,\alpha}+d_{g_c}^{\,\alpha})",
                paper="Karimi, Salcudean, Reducing the Hausdorff Distance in Medical Image Segmentation with CNNs, TMI 2020 (the distance transform form)",
-               absent=_NO_MAP + "; a predicted region of it still has one")
+               absent=_NO_MAP + "; a predicted region of it still has one",
+               url="https://arxiv.org/abs/1904.10030",
+               use="The farthest mistake counts, for example stray islands far from the object; beside a region loss.")
 class HausdorffDT(MapLoss):
     "Mean of the squared error times its distance to the true and to the predicted edge; pixels to the power alpha, 0 when perfect"
     params = (Param("alpha", "float", 2.0, 0, 4, slider=(0, 3), zero="twice the squared error, no distances", doc="power of the distances"), _REACH, *RegionLoss.params)
@@ -153,7 +159,9 @@ class HausdorffDT(MapLoss):
 
 # %% ../../nbs/losses/boundary.ipynb #0d3406d1
 @register_loss("distance_penalized_ce", family="boundary", formula=r"\frac1n\sum_i(1+s\,\Phi_i)\,(-\ln p_{y_i})",
-               paper="Caliva et al., Distance Map Loss Penalty Term for Semantic Segmentation, MIDL 2019", absent="no pixels, no say")
+               paper="Caliva et al., Distance Map Loss Penalty Term for Semantic Segmentation, MIDL 2019", absent="no pixels, no say",
+               url="https://arxiv.org/abs/1908.03679",
+               use="Ragged outlines: pixels near a true edge get more say in cross-entropy.")
 class DistancePenalizedCE(PixelLoss):
     "Cross-entropy with more say for pixels near an edge of the target: mean of (1 + strength · Φ) · (-ln p_y)"
     params = (Param("strength", "float", 1.0, 0, None, slider=(0, 10), zero="plain cross-entropy", doc="how much more a pixel at an edge counts"),
@@ -192,7 +200,9 @@ def _edge_pixels(y, valid):  # N H W bool: valid pixels of which a 4-neighbour h
 
 @register_loss("boundary_dou", family="boundary", formula=r"\frac{n_c+\sum p_c^2-2\,tp_c}{n_c+\sum p_c^2-(1+\alpha_c)\,tp_c},\quad\alpha_c=\min\Big(1-2\frac{\text{edge}_c}{n_c},\ 0.8\Big)",
                paper="Sun, Luo, Li, Boundary Difference Over Union Loss for Medical Image Segmentation, MICCAI 2023, sec. 2",
-               absent="left out (classes='present'); with 'all' or a list it counts 1 if claimed and 0 if nothing of it is predicted")
+               absent="left out (classes='present'); with 'all' or a list it counts 1 if claimed and 0 if nothing of it is predicted",
+               url="https://arxiv.org/abs/2308.00220",
+               use="Outlines, without distance maps and with nothing to schedule; small objects are treated as wholes.")
 class BoundaryDoU(RegionLoss):
     "What is wrong, over what is wrong plus a share of the overlap that is small for large, round regions"
     params = (Param("alpha_max", "float", 0.8, -1, 0.99, slider=(-1, 0.95), zero="1 - IoU for compact regions", doc="upper limit of alpha; -1: squared Dice for all"),
@@ -257,7 +267,9 @@ class _Agreement(torch.autograd.Function):
 # %% ../../nbs/losses/boundary.ipynb #b95ea8f6
 @register_loss("edge_bce", family="boundary", formula=r"w\operatorname*{mean}_{y\ne y'}\big[-\ln(1-s)\big]+(1-w)\operatorname*{mean}_{y=y'}\big[-\ln s\big],\quad s=\sum_c p_c\,p'_c",
                paper="after the boundary head of Xu, Xiong, Bhattacharyya, PIDNet, CVPR 2023, and the balance of Xie, Tu, Holistically-Nested Edge Detection, ICCV 2015, eq. 2",
-               absent="no pixels, no say; classes are not looked at one by one")
+               absent="no pixels, no say; classes are not looked at one by one",
+               url="https://arxiv.org/abs/2206.02066",
+               use="An extra push towards true contours for a two-branch network, or beside a pixel loss.")
 class EdgeBCE(SegLoss):
     "Balanced binary cross-entropy of the edges that the class probabilities imply; use it beside a loss that knows classes"
     params = (Param("width", "int", 2, 1, 64, slider=(1, 16), doc="how far apart the two pixels of a pair are: a wider pair sees an edge from further off"),

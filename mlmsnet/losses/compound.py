@@ -89,15 +89,21 @@ def _pair(title, name, first, second, own, weights=lambda a, b: (a, b), **about)
     register_loss(name, Pair, family="compound", **about)
     return Pair
 
-
+# %% ../../nbs/losses/compound.ipynb #7c1d2e90
 _ABSENT = "as in its parts"
 DiceCE = _pair("DiceCE", "dice_ce", Dice, CrossEntropy, (_share("dice_weight", 1.0, "dice"), _share("ce_weight", 1.0, "ce")),
-               formula=r"\lambda_d L_{Dice}+\lambda_c L_{CE}", absent=_ABSENT, paper="Isensee et al., nnU-Net, 2018", summary="Dice plus cross-entropy")
+               formula=r"\lambda_d L_{Dice}+\lambda_c L_{CE}", absent=_ABSENT, paper="Isensee et al., nnU-Net, 2018", summary="Dice plus cross-entropy",
+               url="https://arxiv.org/abs/1809.10486",
+               use="A safe second choice after cross-entropy: its steady pull, and an eye on small classes.")
 DiceFocal = _pair("DiceFocal", "dice_focal", Dice, Focal, (_share("dice_weight", 1.0, "dice"), _share("focal_weight", 1.0, "focal")),
-                  formula=r"\lambda_d L_{Dice}+\lambda_f L_{focal}", absent=_ABSENT, paper="Zhu et al., AnatomyNet, 2018", summary="Dice plus focal loss")
+                  formula=r"\lambda_d L_{Dice}+\lambda_f L_{focal}", absent=_ABSENT, paper="Zhu et al., AnatomyNet, 2018", summary="Dice plus focal loss",
+                  url="https://arxiv.org/abs/1808.05238",
+                  use="As `dice_ce`, when easy pixels still dominate.")
 DiceTopK = _pair("DiceTopK", "dice_topk", Dice, TopKCrossEntropy, (_share("dice_weight", 1.0, "dice"), _share("topk_weight", 1.0, "topk")),
                  formula=r"\lambda_d L_{Dice}+\lambda_k L_{TopK}", absent=_ABSENT, paper="Isensee et al., nnU-Net, 2018 (variants)",
-                 summary="Dice plus top-k cross-entropy")
+                 summary="Dice plus top-k cross-entropy",
+                 url="https://arxiv.org/abs/1809.10486",
+                 use="As `dice_ce`, with only the hardest share of the pixels in the pixel part.")
 
 # %% ../../nbs/losses/compound.ipynb #5e5c7df8
 def _log_not(log_p):
@@ -154,7 +160,9 @@ Combo = _pair("Combo", "combo", TwoSidedCrossEntropy, Dice,
               (Param("alpha", "float", 0.5, 0, 1, slider=(0, 1), zero="plain Dice", doc="share of the cross-entropy part; the rest goes to Dice"),),
               lambda alpha: (alpha, 1 - alpha), absent=_ABSENT, paper="Taghanaki et al., Combo Loss, 2019, sec. 2",
               formula=r"\alpha\Big(-\beta\ln p_y-(1-\beta)\sum_{c\neq y}\ln(1-p_c)\Big)+(1-\alpha)\,L_{Dice}",
-              summary="Cross-entropy that weighs missed pixels against wrong claims, and Dice")
+              summary="Cross-entropy that weighs missed pixels against wrong claims, and Dice",
+              url="https://arxiv.org/abs/1805.02798",
+              use="As `dice_ce`, with a dial between missed pixels and wrong claims.")
 
 # %% ../../nbs/losses/compound.ipynb #fde84022
 def _root(x, exponent, tiny=1e-12):
@@ -188,7 +196,9 @@ class ExpLogCE(PriorLoss):
 
 ExpLog = _pair("ExpLog", "exp_log", ExpLogDice, ExpLogCE, (_share("dice_weight", 0.8, "dice"), _share("ce_weight", 0.2, "ce")), absent=_ABSENT,
                formula=r"w_d\,\overline{(-\ln Dice_c)^\gamma}+w_c\,\overline{w_y(-\ln p_y)^\gamma},\quad w_l=\sqrt{\textstyle\sum_k f_k/f_l}",
-               paper="Wong et al., Exponential Logarithmic Loss, MICCAI 2018, eq. 1-3", summary="Powers of the logarithms of Dice and of p_y, rare classes weighed up")
+               paper="Wong et al., Exponential Logarithmic Loss, MICCAI 2018, eq. 1-3", summary="Powers of the logarithms of Dice and of p_y, rare classes weighed up",
+               url="https://arxiv.org/abs/1809.00076",
+               use="Very unequal classes: both parts lift what is small and badly learnt.")
 
 # %% ../../nbs/losses/compound.ipynb #66a6b4b9
 def _rare(classes, logits):
@@ -245,4 +255,6 @@ UnifiedFocalLoss = _pair("UnifiedFocalLoss", "unified_focal", UnifiedTversky, Un
                          (Param("tversky_share", "float", 0.5, 0, 1, slider=(0, 1), zero="the focal half alone", doc="λ: share of the Tversky half"),),
                          lambda share: (share, 1 - share), absent=_ABSENT, paper="Yeung et al., Unified Focal Loss, CMIG 2022, sec. 3",
                          formula=r"\lambda\,\overline{(1-TI_c)^{1-\gamma}}+(1-\lambda)\,\overline{\delta_y(1-p_y)^\gamma(-\ln p_y)}",
-                         summary="Focal Tversky and focal loss with a common delta and gamma; symmetric or asymmetric")
+                         summary="Focal Tversky and focal loss with a common delta and gamma; symmetric or asymmetric",
+                         url="https://arxiv.org/abs/2102.04525",
+                         use="Very unequal classes, one gamma and one delta for region and pixel part; the asymmetric form names the rare ones.")

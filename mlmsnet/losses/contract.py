@@ -296,6 +296,8 @@ class LossInfo:
     family: str = "yours"  # pixel, region, boundary, compound or yours
     formula: str = ""  # LaTeX
     paper: str = ""  # Author, title or venue, year
+    url: str = ""  # Where to read it
+    use: str = ""  # When to reach for it, one or two sentences
     params: tuple[Param, ...] = ()  # Its hyper-parameters, the shared ones last
     absent: str = ""  # What an absent class counts
     summary: str = ""  # One line
@@ -339,7 +341,7 @@ def _from_function(name, fn):
 def register_loss(
     name: str,  # What it shall be called in configs, widgets and tables
     loss: Callable | None = None,  # A function or module `(logits, target) -> scalar`, or a subclass of SegLoss; None: use as decorator
-    **about,  # family, formula, paper, absent, summary: see `LossInfo`
+    **about,  # family, formula, paper, url, use, absent, summary: see `LossInfo`
 ):
     "Give a loss a name; from then on it is everywhere where losses are listed"
     if loss is None:

@@ -143,7 +143,9 @@ class _LovaszLosses(torch.autograd.Function):
 # %% ../../nbs/losses/lovasz.ipynb #74fab36a
 @register_loss("lovasz_softmax", family="region", formula=r"\overline{\Delta_{J_c}}(m_c),\quad \Delta_{J_c}(M)=\frac{|M|}{|\{y=c\}\cup M|},\quad m_{c,i}=|1[y_i=c]-p_{c,i}|",
                paper="Berman, Rannen Triki, Blaschko, The Lovász-Softmax Loss, CVPR 2018, eq. 8-12",
-               absent="left out (classes='present'); with 'all' or a list its loss is the largest probability that any pixel gives it")
+               absent="left out (classes='present'); with 'all' or a list its loss is the largest probability that any pixel gives it",
+               url="https://arxiv.org/abs/1705.08790",
+               use="The last epochs, to gain mIoU directly; start from a network trained with a pixel loss.")
 class LovaszSoftmax(RegionLoss):
     """The Lovász extension of 1 - IoU at the errors |1[y=c] - p_c|, per class, averaged over classes.
 

@@ -125,7 +125,9 @@ class PixelLoss(SegLoss):
 
 # %% ../../nbs/losses/pixel.ipynb #208e01b6
 @register_loss("cross_entropy", family="pixel", formula=r"-\ln p_y", paper="Szegedy et al., Rethinking the Inception Architecture, CVPR 2016 (label smoothing)",
-               absent="no pixels, no say")
+               absent="no pixels, no say",
+               url="https://arxiv.org/abs/1512.00567",
+               use="Start here: the reference that every other loss is compared with. Label smoothing if the network is too sure of itself.")
 class CrossEntropy(PixelLoss):
     "Mean of -ln p_y: each valid pixel has one vote"
     params = (Param("label_smoothing", "float", 0.0, 0, 1, slider=(0, 0.3), zero="hard labels", doc="share of the target spread over all classes"),
@@ -146,7 +148,9 @@ class CrossEntropy(PixelLoss):
 
 # %% ../../nbs/losses/pixel.ipynb #41311490
 @register_loss("ohem", family="pixel", formula=r"\frac{1}{\lvert K\rvert}\sum_{i\in K}-\ln p_{y_i},\quad K=\{i: p_{y_i}<t\}\ \text{or the hardest few}",
-               paper="Shrivastava, Gupta, Girshick, Training Region-based Object Detectors with OHEM, CVPR 2016", absent="no pixels, no say")
+               paper="Shrivastava, Gupta, Girshick, Training Region-based Object Detectors with OHEM, CVPR 2016", absent="no pixels, no say",
+               url="https://arxiv.org/abs/1604.03540",
+               use="Street scenes with easy, large classes: once road and sky are learnt they no longer drown the rest. The original's choice.")
 class OhemCrossEntropy(PixelLoss):
     """Cross-entropy over the hard pixels only; never fewer than a stated number of them.
 
@@ -199,7 +203,9 @@ def hardest(
 
 # %% ../../nbs/losses/pixel.ipynb #27613d4d
 @register_loss("topk", family="pixel", formula=r"\frac1{\lvert K\rvert}\sum_{i\in K}-\ln p_{y_i},\quad K=\text{the hardest }k\,\%",
-               paper="Wu, Shen, van den Hengel, Bridging Category-level and Instance-level Semantic Segmentation, 2016", absent="no pixels, no say")
+               paper="Wu, Shen, van den Hengel, Bridging Category-level and Instance-level Semantic Segmentation, 2016", absent="no pixels, no say",
+               url="https://arxiv.org/abs/1605.06885",
+               use="As OHEM, but with a share that stays the same from the first step to the last; simpler to reason about.")
 class TopKCrossEntropy(PixelLoss):
     "Cross-entropy over a fixed share of the valid pixels, the hardest; at least one"
     params = (Param("k", "float", 0.1, 0, 1, slider=(0.01, 1), zero="the single hardest pixel", doc="share of the valid pixels that is kept"),
@@ -215,7 +221,9 @@ class TopKCrossEntropy(PixelLoss):
 
 # %% ../../nbs/losses/pixel.ipynb #f2cb8a97
 @register_loss("focal", family="pixel", formula=r"-\alpha_y\,(1-p_y)^\gamma\ln p_y", paper="Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 5",
-               absent="no pixels, no say")
+               absent="no pixels, no say",
+               url="https://arxiv.org/abs/1708.02002",
+               use="Many easy pixels, few hard ones, and labels that can be trusted; without the hard cut of OHEM.")
 class Focal(PixelLoss):
     """Mean of -alpha_y (1-p_y)^gamma ln p_y over all valid pixels, with p the softmax over classes.
 
@@ -244,7 +252,9 @@ class Focal(PixelLoss):
         return pixels * alpha, weighted * alpha
 
 # %% ../../nbs/losses/pixel.ipynb #0b70ec4e
-@register_loss("poly1", family="pixel", formula=r"-\ln p_y+\varepsilon\,(1-p_y)", paper="Leng et al., PolyLoss, ICLR 2022, eq. 6", absent="no pixels, no say")
+@register_loss("poly1", family="pixel", formula=r"-\ln p_y+\varepsilon\,(1-p_y)", paper="Leng et al., PolyLoss, ICLR 2022, eq. 6", absent="no pixels, no say",
+               url="https://arxiv.org/abs/2204.12511",
+               use="A small change to cross-entropy with one number to tune; to see how much the shape near p = 1 matters.")
 class Poly1(PixelLoss):
     "Cross-entropy plus epsilon (1-p_y): more, or less, pull at nearly learnt pixels"
     params = (Param("epsilon", "float", 1.0, -1, 10, slider=(-1, 4), zero="plain cross-entropy", doc="added to the first coefficient of the series of -ln p"),
@@ -288,7 +298,9 @@ class PriorLoss(PixelLoss):
 # %% ../../nbs/losses/pixel.ipynb #d117bf40
 @register_loss("balanced_softmax", family="pixel", formula=r"-\ln\frac{\pi_y^\tau e^{z_y}}{\sum_c\pi_c^\tau e^{z_c}}",
                paper="Ren et al., Balanced Meta-Softmax, NeurIPS 2020; Menon et al., Logit Adjustment, ICLR 2021, eq. 10",
-               absent="no pixels, no say; as a rival of the true class it has the prior of one pixel")
+               absent="no pixels, no say; as a rival of the true class it has the prior of one pixel",
+               url="https://arxiv.org/abs/2007.10740",
+               use="Rare classes are forgotten because they are rare, and the measure (mIoU, mAcc) counts each class alike.")
 class BalancedSoftmax(PriorLoss):
     """Cross-entropy of z + tau ln(prior): the network learns scores as if all classes were equally frequent.
 
@@ -307,7 +319,9 @@ class BalancedSoftmax(PriorLoss):
         return super().maps(logits, y, valid)
 
 # %% ../../nbs/losses/pixel.ipynb #b40e7c28
-@register_loss("gce", family="pixel", formula=r"\frac{1-p_y^{\,q}}{q}", paper="Zhang, Sabuncu, Generalized Cross Entropy Loss, NeurIPS 2018, eq. 6", absent="no pixels, no say")
+@register_loss("gce", family="pixel", formula=r"\frac{1-p_y^{\,q}}{q}", paper="Zhang, Sabuncu, Generalized Cross Entropy Loss, NeurIPS 2018, eq. 6", absent="no pixels, no say",
+               url="https://arxiv.org/abs/1805.07836",
+               use="Labels with mistakes: a pixel that the network finds hopeless is perhaps wrong, and loses its say.")
 class GeneralizedCrossEntropy(PixelLoss):
     "(1 - p_y^q) / q, between cross-entropy (q = 0) and the mean absolute error (q = 1): hopeless pixels, often wrong labels, lose their say"
     params = (Param("q", "float", 0.7, 0, 1, slider=(0, 1), zero="plain cross-entropy", doc="how little a hopeless pixel counts"), *PixelLoss.params)
@@ -368,7 +382,9 @@ class _BiTempered(torch.autograd.Function):
 
 # %% ../../nbs/losses/pixel.ipynb #4a48c354
 @register_loss("bi_tempered", family="pixel", formula=r"-\ln_{t_1}p_y-\frac{1-\sum_c p_c^{2-t_1}}{2-t_1},\quad p=\exp_{t_2}(z-\lambda)",
-               paper="Amid et al., Robust Bi-Tempered Logistic Loss, NeurIPS 2019", absent="no pixels, no say")
+               paper="Amid et al., Robust Bi-Tempered Logistic Loss, NeurIPS 2019", absent="no pixels, no say",
+               url="https://arxiv.org/abs/1906.03361",
+               use="Labels with mistakes, near class borders (heavy tail) or gross ones (bounded loss), tuned apart.")
 class BiTempered(PixelLoss):
     """A bounded logarithm (t1 < 1) over a softmax with a heavy tail (t2 > 1): label noise bends it less.
 

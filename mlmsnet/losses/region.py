@@ -195,7 +195,9 @@ SMOOTH = Param("smooth", "float", 0.0, 0, None, slider=(0, 100), zero="the plain
 
 @register_loss("dice", family="region", formula=r"1-\frac{2\,tp_c+s}{\sum p_c+n_c+s}\quad(\text{squared: }\sum p_c^2+n_c)",
                paper="Drozdzal et al., The Importance of Skip Connections, 2016; squared form: Milletari et al., V-Net, 3DV 2016",
-               absent="left out (classes='present'); with 'all' or a list it counts as 1 - s/(Σp+s), and as 0 if nothing of it is predicted")
+               absent="left out (classes='present'); with 'all' or a list it counts as 1 - s/(Σp+s), and as 0 if nothing of it is predicted",
+               url="https://arxiv.org/abs/1606.04797",
+               use="Small objects whose overlap counts; best beside a pixel loss (`dice_ce`), since alone it pulls little where it is all wrong.")
 class Dice(RegionLoss):
     "One minus the soft Dice overlap (F1), per class, averaged over classes"
     params = (SMOOTH, Param("squared", "bool", False, doc="p² instead of p in the denominator (V-Net)"), *RegionLoss.params)
@@ -219,7 +221,9 @@ _ABSENT = "left out (classes='present'); with 'all' or a list its loss is 1 (at 
 
 
 @register_loss("jaccard", family="region", formula=r"1-\frac{tp_c+s}{\sum p_c+n_c-tp_c+s}", absent=_ABSENT,
-               paper="Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks, ISVC 2016")
+               paper="Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks, ISVC 2016",
+               url="https://doi.org/10.1007/978-3-319-50835-1_22",
+               use="As Dice, where the measure is IoU itself; it pulls harder on classes that are half right.")
 class Jaccard(RegionLoss):
     "One minus the soft intersection over union, per class, averaged over classes"
     params = (SMOOTH, *RegionLoss.params)
@@ -229,7 +233,9 @@ class Jaccard(RegionLoss):
 
 
 @register_loss("tversky", family="region", formula=r"1-\frac{tp_c+s}{tp_c+\alpha\,fp_c+\beta\,fn_c+s}", absent=_ABSENT,
-               paper="Salehi et al., Tversky Loss Function for Image Segmentation, MLMI 2017")
+               paper="Salehi et al., Tversky Loss Function for Image Segmentation, MLMI 2017",
+               url="https://arxiv.org/abs/1706.05721",
+               use="Misses cost more than false claims, or the other way round: set beta above alpha for recall.")
 class Tversky(RegionLoss):
     "An overlap in which false positives (alpha) and false negatives (beta) have their own weights; a half each is Dice"
     params = (Param("alpha", "float", 0.3, 0, None, slider=(0, 1), zero="claimed pixels are free", doc="weight of false positives"),
@@ -241,7 +247,9 @@ class Tversky(RegionLoss):
 
 # %% ../../nbs/losses/region.ipynb #ccb6f23d
 @register_loss("focal_tversky", family="region", formula=r"\Big(1-\frac{tp_c+s}{tp_c+\alpha\,fp_c+\beta\,fn_c+s}\Big)^{1/\gamma}", absent=_ABSENT,
-               paper="Abraham and Khan, A Novel Focal Tversky Loss Function, ISBI 2019")
+               paper="Abraham and Khan, A Novel Focal Tversky Loss Function, ISBI 2019",
+               url="https://arxiv.org/abs/1810.07842",
+               use="As Tversky, and classes that are already good shall not be forgotten.")
 class FocalTversky(Tversky):
     "The mean over classes of (1 - Tversky index)^(1/gamma): above 1, gamma keeps nearly right classes from being forgotten"
     params = (Param("gamma", "float", 4 / 3, 0.1, None, slider=(0.5, 3), doc="the loss of a class is raised to 1/gamma; 1: Tversky"), *Tversky.params)
@@ -252,7 +260,9 @@ class FocalTversky(Tversky):
 
 
 @register_loss("asymmetric_similarity", family="region", formula=r"1-\frac{(1+\beta^2)\,tp_c}{(1+\beta^2)\,tp_c+\beta^2 fn_c+fp_c}", absent=_ABSENT,
-               paper="Hashemi et al., Asymmetric Loss Functions and Deep Densely-Connected Networks, IEEE Access 2019")
+               paper="Hashemi et al., Asymmetric Loss Functions and Deep Densely-Connected Networks, IEEE Access 2019",
+               url="https://arxiv.org/abs/1803.11078",
+               use="As Tversky, with one number: how much recall counts over precision.")
 class AsymmetricSimilarity(RegionLoss):
     "One minus F_beta: recall counts beta times as much as precision; beta = 1 is Dice"
     params = (Param("beta", "float", 1.5, 0, None, slider=(0, 4), zero="only precision counts", doc="how much more recall counts than precision"),
@@ -264,7 +274,9 @@ class AsymmetricSimilarity(RegionLoss):
 
 
 @register_loss("log_cosh_dice", family="region", formula=r"\ln\cosh L_{Dice,c}", paper="Jadon, A survey of loss functions for semantic segmentation, CIBCB 2020",
-               absent="as for dice")
+               absent="as for dice",
+               url="https://arxiv.org/abs/2006.14822",
+               use="Dice with a soft end: classes that are nearly right are left in peace.")
 class LogCoshDice(Dice):
     "ln cosh of the Dice loss of each class: quadratic where a class is nearly right, at most 0.43"
 
@@ -281,7 +293,9 @@ def rarity(n: torch.Tensor, counted: torch.Tensor, power: float) -> torch.Tensor
 
 @register_loss("generalized_dice", family="region", formula=r"1-\frac{2\sum_c w_c\,tp_c}{\sum_c w_c(\sum p_c+n_c)},\quad w_c=n_c^{-2}",
                paper="Sudre et al., Generalised Dice Overlap as a Deep Learning Loss Function, DLMIA 2017",
-               absent="left out (classes='present'); with 'all' or a list it gets the weight of the rarest class that is there")
+               absent="left out (classes='present'); with 'all' or a list it gets the weight of the rarest class that is there",
+               url="https://arxiv.org/abs/1707.03237",
+               use="Very unequal areas, and one ratio over all classes wanted; sensitive to a handful of pixels of a rare class.")
 class GeneralizedDice(RegionLoss):
     "One Dice ratio over all classes at once, each with the weight 1/n²"
     params = (Param("power", "float", 2.0, 0, 4, slider=(0, 3), zero="every pixel weighs alike", doc="a class of n pixels has the weight 1/n^power"),
@@ -299,7 +313,9 @@ def _rest(x):  # rows × C -> the sum over all *other* classes; as a difference,
 
 @register_loss("sensitivity_specificity", family="region", formula=r"w\,\frac{\sum(g_c-p_c)^2g_c}{n_c}+(1-w)\,\frac{\sum(g_c-p_c)^2(1-g_c)}{N-n_c}",
                paper="Brosch et al., Deep Convolutional Encoder Networks for MS Lesion Segmentation, MICCAI 2015",
-               absent="left out (classes='present'); with 'all' or a list only its false alarms count")
+               absent="left out (classes='present'); with 'all' or a list only its false alarms count",
+               url="https://doi.org/10.1007/978-3-319-24574-4_1",
+               use="One small class against a large rest, where the balance of misses and false alarms is set by hand.")
 class SensitivitySpecificity(RegionLoss):
     "Mean squared error inside each class (weight w), and outside of it (1 - w)"
     params = (Param("w", "float", 0.05, 0, 1, slider=(0, 1), zero="only false alarms count", doc="weight of the class's own pixels"), *RegionLoss.params)
@@ -312,7 +328,9 @@ class SensitivitySpecificity(RegionLoss):
 
 @register_loss("mcc", family="region", formula=r"1-\frac{t_c-q_cr_c}{\sqrt{q_c(1-q_c)\,r_c(1-r_c)}},\quad t=\tfrac{tp}{N},\ q=\tfrac{n}{N},\ r=\tfrac{\sum p}{N}",
                paper="Abhishek and Hamarneh, Matthews Correlation Coefficient Loss for Deep Convolutional Networks, ISBI 2021",
-               absent="left out (classes='present'); with 'all' or a list its loss is 1 while any of it is predicted, and 0 if nothing is")
+               absent="left out (classes='present'); with 'all' or a list its loss is 1 while any of it is predicted, and 0 if nothing is",
+               url="https://arxiv.org/abs/2010.13454",
+               use="As Dice, but right rejections count too: fair to classes that fill most of the picture.")
 class MCC(RegionLoss):
     "One minus the Matthews correlation coefficient of each class against the rest: 0 right, 1 chance, 2 all wrong"
 
@@ -372,7 +390,9 @@ def confusion_sums(
 # %% ../../nbs/losses/region.ipynb #5192f888
 @register_loss("wasserstein_dice", family="region", formula=r"1-\frac{2\sum_c w_c(n_c-W_c)}{2\sum_c w_c(n_c-W_c)+\sum_c w_cW_c},\quad W_c=\sum_{i\in c}\sum_l M_{cl}\,p_{il}",
                paper="Fidon et al., Generalised Wasserstein Dice Score for Imbalanced Multi-class Segmentation, BrainLes 2017, eq. 6 (W), eq. 9 (true positives)",
-               absent="has no pixels, hence no say, whatever `classes` is; its false alarms count where they happen")
+               absent="has no pixels, hence no say, whatever `classes` is; its false alarms count where they happen",
+               url="https://arxiv.org/abs/1707.00478",
+               use="Some mistakes are worse than others: a car taken for a truck is not a car taken for sky.")
 class WassersteinDice(RegionLoss):
     "A Dice score in which a mistake costs the distance between the two classes"
     params = (Param("distances", "matrix", None, doc="C × C costs in 0..1 of predicting the column's class where the row's is true; none: all 1"),
@@ -411,7 +431,9 @@ class _Common:
 
 @register_loss("semimetric_dice", family="region", formula=r"1-\frac{\sum(p_c+g_c)-\sum|p_c-g_c|}{\sum(p_c+g_c)},\quad g=(1-s)\,\mathrm{onehot}+s/C",
                paper="Wang et al., Dice Semimetric Losses: Optimizing the Dice Score with Soft Labels, MICCAI 2023",
-               absent="left out (classes='present'); with 'all' or a list it shall be predicted with s/C everywhere")
+               absent="left out (classes='present'); with 'all' or a list it shall be predicted with s/C everywhere",
+               url="https://arxiv.org/abs/2303.16296",
+               use="Soft labels: smoothed, averaged over annotators, or from a teacher; plain Dice is wrong for them.")
 class SemimetricDice(RegionLoss):
     "Dice for smoothed labels: its best answer is the label itself; for hard labels it is Dice"
     params = (Param("soft", "float", 0.1, 0, 1, slider=(0, 0.5), zero="hard labels: Dice", doc="s: label smoothing, the share spread over all classes"),

@@ -93,7 +93,9 @@ class StructureLoss(SegLoss):
 # %% ../../nbs/losses/structure.ipynb #232c2a49
 @register_loss("soft_cldice", family="structure", formula=r"(1-\alpha)\,L_{Dice}+\alpha\Big(1-\frac{2\,T_{prec}T_{sens}}{T_{prec}+T_{sens}}\Big)",
                paper="Shit et al., clDice, CVPR 2021, eq. 1-3, algorithms 1 and 2",
-               absent="left out (classes='present'); with 'all' or a list every trace of it that is predicted costs")
+               absent="left out (classes='present'); with 'all' or a list every trace of it that is predicted costs",
+               url="https://arxiv.org/abs/2003.07311",
+               use="Thin, connected things (poles, wires, lane marks) that must not break.")
 class SoftClDice(StructureLoss):
     "Dice, and Dice of centre lines: gaps in thin structures cost, their width does not"
     params = (Param("alpha", "float", 0.5, 0, 1, slider=(0, 1), zero="plain Dice", doc="share of the centre-line part"),
@@ -182,7 +184,9 @@ def left_open(
 
 @register_loss("rmi", family="structure", formula=r"\lambda L_{CE}+(1-\lambda)\,\frac{1}{2d}\ln\det\big(\Sigma_{yy}-\Sigma_{yp}\Sigma_{pp}^{-1}\Sigma_{py}+\varepsilon I\big)+\text{const}",
                paper="Zhao et al., Region Mutual Information Loss, NeurIPS 2019, eq. 16",
-               absent="left out (classes='present'); with 'all' or a list it counts 0 in the patch part")
+               absent="left out (classes='present'); with 'all' or a list it counts 0 in the patch part",
+               url="https://arxiv.org/abs/1910.12037",
+               use="Pixels should be judged with their neighbours; costs time and memory, gains structure.")
 class RMI(StructureLoss):
     """Cross-entropy, and how much of a patch of the target is left open by the patch of the prediction.
 
