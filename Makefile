@@ -10,7 +10,7 @@ help:
 	@echo "make lab      open the notebooks in JupyterLab"
 	@echo "make test     style, notebooks in step with the library, all notebooks, all tests"
 	@echo "make docs     build the docs site into _docs/"
-	@echo "make export   notebooks -> library, then clean the notebooks and write README.md"
+	@echo "make export   notebooks -> library, then clean the notebooks and write README.md and the sidebar"
 	@echo "make bench    all benchmarks, quick"
 
 $(READY): settings.ini setup.py tools/environment.py
@@ -37,6 +37,7 @@ export: $(READY)
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/docs.py readme
+	@$(BIN)/python tools/docs.py sidebar
 
 bench: $(READY)
 	@for b in augmentation confusion sliding networks minicity losses; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done
