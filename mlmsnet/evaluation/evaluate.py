@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PerImage', 'images_path', 'save_images', 'load_images', 'EvalResult', 'prediction_path', 'save_prediction',
-           'write_png', 'load_prediction', 'weights_digest', 'evaluate', 'evaluate_predictions', 'write_record']
+           'write_png', 'load_prediction', 'weights_digest', 'evaluate', 'evaluate_predictions', 'write_submission',
+           'write_record']
 
-# %% ../../nbs/evaluation/evaluate.ipynb #135d9180
+# %% ../../nbs/evaluation/evaluate.ipynb #896def22
 import hashlib
 import json
 import sys
@@ -16,7 +17,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import cv2
 import numpy as np
@@ -356,6 +357,29 @@ def evaluate_predictions(
     if report:
         print(result.text())
     return result
+
+# %% ../../nbs/evaluation/evaluate.ipynb #f208b8a6
+def write_submission(
+    pred_dir,  # where `evaluate` saved the split with `label_ids=True`
+    dataset,  # Cityscapes, most often its split `test`
+    archive,  # the .zip to write
+) -> Path:
+    "Pack the maps of a split for Cityscapes' server; `DataError` if one is missing, of another size than its image, or holds an id that is not scored"
+    legal, pages = np.isin(np.arange(256), TRAINID_TO_ID[:19]), []
+    _check_label_ids(dataset.table, True)
+    for sample in _read_ahead(dataset, range(len(dataset))):
+        path = prediction_path(pred_dir, sample.name)
+        ids = load_prediction(path)
+        if ids.shape != sample.image.shape[:2]:
+            raise DataError(f"{path}: {ids.shape[0]}x{ids.shape[1]} pixels for an image of {'x'.join(map(str, sample.image.shape[:2]))}")
+        wrong = np.unique(ids[~legal[ids]])
+        if len(wrong):
+            raise DataError(f"{path}: holds {', '.join(map(str, wrong[:5]))}, which the server does not score (train ids?); evaluate with label_ids=True")
+        pages.append(path)
+    with atomic_write(archive, "wb") as f, ZipFile(f, "w") as z:  # a PNG is compressed already
+        for path in pages:
+            z.write(path, path.name)
+    return Path(archive)
 
 # %% ../../nbs/evaluation/evaluate.ipynb #deb8975f
 def write_record(
