@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['ROLES', 'Trace', 'on_paper', 'trace', 'Part', 'blueprint', 'work_figure', 'Published', 'our_cost', 'published_table']
 
-# %% ../../nbs/labs/blueprint.ipynb #4462c581
+# %% ../../nbs/labs/blueprint.ipynb #afa76e43
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from matplotlib import rc_context
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from torch import nn
@@ -18,7 +21,7 @@ from ..core import ConfigError, unknown
 from ..evaluation.cost import count_macs, count_params
 from ..evaluation.inference import evaluating
 from ..networks.mlmsnet import create_model
-from ..viz import OKABE_ITO, figure
+from ..viz import OKABE_ITO, STYLE, figure
 
 # %% ../../nbs/labs/blueprint.ipynb #354e4927
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def trace(
             inside[name] = sum(inside[f"{name}.{child}" if name else child] for child, _ in model.get_submodule(name).named_children())
     return Trace(tuple(input_hw), shapes, inside, {n: count_params(m) for n, m in model.named_modules()})
 
-# %% ../../nbs/labs/blueprint.ipynb #db79334f
+# %% ../../nbs/labs/blueprint.ipynb #3c84ed4c
 ROLES = {"image": "#bbbbbb", "backbone": OKABE_ITO[0], "detail": OKABE_ITO[5], "context": OKABE_ITO[1], "fusion": OKABE_ITO[2], "head": OKABE_ITO[3], "training": "#888888"}
 
 
@@ -94,13 +97,27 @@ def _slab(ax, x, y, w, h, color):
     front = Rectangle((x - w / 2, y - h / 2), w, h, fc=color, ec="white", lw=0.6, zorder=3)
     top = Polygon([(x - w / 2, y + h / 2), (x - w / 2 + d, y + h / 2 + d), (x + w / 2 + d, y + h / 2 + d), (x + w / 2, y + h / 2)])
     side = Polygon([(x + w / 2, y - h / 2), (x + w / 2 + d, y - h / 2 + d), (x + w / 2 + d, y + h / 2 + d), (x + w / 2, y + h / 2)])
-    for face, alpha in ((top, 0.55), (side, 0.75)):
-        face.set(fc=color, ec="white", lw=0.6, alpha=alpha, zorder=3)
+    for face, shade in ((top, 0.5), (side, 0.3)):
+        face.set(fc=[c + (1 - c) * shade for c in to_rgb(color)], ec="white", lw=0.6, zorder=3)
         ax.add_patch(face)
     ax.add_patch(front)
     return d
 
-# %% ../../nbs/labs/blueprint.ipynb #b73093dd
+# %% ../../nbs/labs/blueprint.ipynb #032a25fd
+_MISTY = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5}  # behind small print, so that an arrow below it does not disturb
+
+
+@dataclass(frozen=True)
+class _Spot:
+    "Where arrows may touch a part"
+    x: float
+    left: float
+    right: float
+    y: float
+    top: float
+    bottom: float
+
+
 def blueprint(
     traced: Trace | nn.Module,  # A module is traced at 512 × 1024
     parts: list[Part],
@@ -111,54 +128,63 @@ def blueprint(
 ) -> Figure:
     "Draw the parts: height for resolution, thickness for channels; below each its channels and its stride"
     t = traced if isinstance(traced, Trace) else trace(traced)
-    by_name = {p.name: p for p in parts}
-    _check(parts, by_name, t)
+    _check(parts, t)
     fig = figure(width, height)
+    fig.set_layout_engine("none")
     ax = fig.add_axes((0, 0, 1, 1))
-    ends = {p.name: _draw(ax, p, t) for p in parts}
-    for p in parts:
-        for source in p.after:
-            _arrow(ax, ends[source], ends[p.name], dashed=p.role == "training")
     xs, ys = [p.x for p in parts], [p.y for p in parts]
     ax.set(xlim=xlim or (min(xs) - 0.6, max(xs) + 0.7), ylim=ylim or (min(ys) - 1, max(ys) + 1))
     ax.axis("off")
+    inch = (ax.get_xlim()[1] - ax.get_xlim()[0]) / width
+    spots = {p.name: _draw(ax, p, t, inch) for p in parts}
+    for p in parts:
+        for source in p.after:
+            _arrow(ax, spots[source], spots[p.name], dashed=p.role == "training")
     return fig
 
 
-def _check(parts, by_name, t):
+def _check(parts, t):
+    names = [p.name for p in parts]
     for p in parts:
+        if names.count(p.name) > 1:
+            raise ConfigError(f"two parts are called {p.name!r}; arrows need a name for each (a space at the end is enough)")
         for source in p.after:
-            if source not in by_name:
-                raise ConfigError(unknown("part", source, by_name))
+            if source not in names:
+                raise ConfigError(unknown("part", source, names))
         if p.module is not None and p.module not in t.shapes:
             raise ConfigError(unknown("module", p.module, t.shapes))
         if p.role not in ROLES:
             raise ConfigError(unknown("role", p.role, ROLES))
 
 
-def _draw(ax, p, t):
-    "Returns the points where arrows end and begin"
+def _draw(ax, p, t, inch):
+    "A slab or a word; returns its `_Spot`"
     shape = p.shape or (t.shapes[p.module] if p.module is not None else None)
     if shape is None:
         box = {"boxstyle": "round,pad=0.3", "fc": "white", "ec": ROLES[p.role], "lw": 1}
         ax.text(p.x, p.y, p.name, ha="center", va="center", fontsize=7, bbox=box, zorder=4)
-        half = 0.08 + 0.055 * max(map(len, p.name.split("\n")))
-        return (p.x - half, p.y), (p.x + half, p.y)
+        half = inch * (0.04 + 0.027 * max(map(len, p.name.split("\n"))))
+        return _Spot(p.x, p.x - half, p.x + half, p.y, p.y + 0.18, p.y - 0.18)
     stride = t.input_hw[1] / shape[-1]
     w, h = _size(shape, stride)
     d = _slab(ax, p.x, p.y, w, h, ROLES[p.role])
-    ax.text(p.x + d / 2, p.y + h / 2 + d + 0.05, p.name, ha="center", va="bottom", fontsize=7, linespacing=0.95)
-    place = "1 place" if shape[-1] == 1 else f"1/{stride:.0f}" if stride > 1 else "full size"
-    ax.text(p.x, p.y - h / 2 - 0.05, f"{shape[0]}\n{place}", ha="center", va="top", fontsize=6.5, color="#444444", linespacing=0.95)
-    return (p.x - w / 2, p.y), (p.x + w / 2 + d, p.y)
+    ax.text(p.x + d / 2, p.y + h / 2 + d + 0.05, p.name.strip(), ha="center", va="bottom", fontsize=7, linespacing=0.95, bbox=_MISTY, zorder=4)
+    place = "1 place" if shape[-1] == 1 else f"{shape[-2]}×{shape[-1]}" if stride > 64 else f"1/{stride:.0f}" if stride > 1 else "full size"
+    ax.text(p.x, p.y - h / 2 - 0.05, f"{shape[0]}\n{place}", ha="center", va="top", fontsize=6.5, color="#444444", linespacing=0.95, bbox=_MISTY, zorder=4)
+    return _Spot(p.x, p.x - w / 2, p.x + w / 2 + d, p.y, p.y + h / 2 + d + 0.25, p.y - h / 2 - 0.38)
 
 
 def _arrow(ax, a, b, dashed):
+    "To the right or the left, or up or down between parts that stand above each other"
     style = {"arrowstyle": "-|>,head_width=0.15,head_length=0.3", "lw": 0.8, "color": "#555555", "shrinkA": 1, "shrinkB": 1,
              "linestyle": "--" if dashed else "-"}
-    ax.annotate("", b[0], a[1], arrowprops=style, zorder=2)
+    if abs(b.x - a.x) < 0.5:
+        start, end = ((a.x, a.bottom), (b.x, b.top)) if b.y < a.y else ((a.x, a.top), (b.x, b.bottom))
+    else:
+        start, end = ((a.right, a.y), (b.left, b.y)) if b.x > a.x else ((a.left, a.y), (b.right, b.y))
+    ax.annotate("", end, start, arrowprops=style, zorder=2)
 
-# %% ../../nbs/labs/blueprint.ipynb #d90fe9ed
+# %% ../../nbs/labs/blueprint.ipynb #52e5eba7
 def work_figure(
     t: Trace,
     parts: dict[str, tuple[str, ...] | str],  # Label → the parts of the network that it stands for
@@ -168,21 +194,26 @@ def work_figure(
     groups = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in parts.items()}
     macs = [sum(t.macs.get(m, 0) for m in v) for v in groups.values()]
     params = [sum(t.params[m] for m in v) for v in groups.values()]
-    fig = figure(width, 0.55 + 0.3 * len(groups))
-    ax = fig.subplots()
-    for y, (a, b) in enumerate(zip(macs, params)):
-        ax.barh(y - 0.19, a / t.macs[""], 0.36, color=OKABE_ITO[0], label="multiply-adds" if y == 0 else None)
-        ax.barh(y + 0.19, b / t.params[""], 0.36, color=OKABE_ITO[4], label="parameters" if y == 0 else None)
-        ax.text(a / t.macs[""] + 0.005, y - 0.19, f"{a / 1e9:.2f} G", va="center", fontsize=7)
-        ax.text(b / t.params[""] + 0.005, y + 0.19, f"{b / 1e6:.2f} M", va="center", fontsize=7)
-    ax.set(yticks=range(len(groups)), yticklabels=groups, xlabel=f"share of the network, image {t.input_hw[0]} × {t.input_hw[1]}")
-    ax.set_xlim(0, 1.12 * max(*(m / t.macs[""] for m in macs), *(p / t.params[""] for p in params)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    ax.invert_yaxis()
-    ax.legend(loc="lower right")
+    with rc_context(STYLE):
+        fig = figure(width, 0.75 + 0.32 * len(groups))
+        ax = fig.subplots()
+        for y, (a, b) in enumerate(zip(macs, params)):
+            _bar(ax, y - 0.19, a / t.macs[""], f"{a / 1e9:.2f} G", OKABE_ITO[0], "multiply-adds" if y == 0 else None)
+            _bar(ax, y + 0.19, b / t.params[""], f"{b / 1e6:.2f} M", OKABE_ITO[4], "parameters" if y == 0 else None)
+        ax.set(yticks=range(len(groups)), yticklabels=groups, xlabel=f"share of the network, image {t.input_hw[0]} × {t.input_hw[1]}")
+        ax.set_xlim(0, 1.12 * max(*(m / t.macs[""] for m in macs), *(p / t.params[""] for p in params)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+        ax.grid(axis="y", visible=False)
+        ax.invert_yaxis()
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return fig
 
-# %% ../../nbs/labs/blueprint.ipynb #c31ff30d
+
+def _bar(ax, y, share, text, color, label):
+    ax.barh(y, share, 0.36, color=color, label=label)
+    ax.text(share + 0.005, y, text, va="center", fontsize=7)
+
+# %% ../../nbs/labs/blueprint.ipynb #cc38795e
 @dataclass(frozen=True)
 class Published:
     "A row of somebody's table, and how to build the same network here"
@@ -200,9 +231,14 @@ class Published:
 
 def our_cost(row: Published) -> tuple[int, int]:
     "(parameters, multiply-adds) of our network, without what exists in training only"
-    net = on_paper(row.model, row.num_classes)
+    return _count(row.model, row.num_classes, tuple(row.input_hw))
+
+
+@cache
+def _count(model, num_classes, input_hw):
+    net = on_paper(model, num_classes)
     aux = getattr(net, "aux", None)
-    return count_params(net) - (count_params(aux) if aux is not None else 0), count_macs(net, row.input_hw)
+    return count_params(net) - (count_params(aux) if aux is not None else 0), count_macs(net, input_hw)
 
 
 def published_table(
