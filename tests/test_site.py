@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 HOME_BYTES, PAGE_BYTES = 1_000_000, 3_000_000
 TEN_PAGES = ["index", "tutorials/pixels_and_classes", "tutorials/receptive_field", "explanations/glossary", "compare_losses",
-             "labs/loss_curves", "experiments/e_fusion", "reference/index", "losses/region", "networks/mlmsnet"]
+             "labs/loss_curves", "experiments/e_fusion", "reference/api", "losses/region", "networks/mlmsnet"]
 FINDS = {"lovasz_softmax": "losses/lovasz", "MiniCity": "data/minicity", "create_model": "networks/mlmsnet",
          "ConfusionMatrix": "training/metrics", "receptive field": "tutorials/receptive_field"}
 sys.path.insert(0, str(ROOT / "tools"))
