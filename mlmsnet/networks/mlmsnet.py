@@ -347,7 +347,7 @@ register_model("mlms_s", MLMSOptions(wide=False), on_backbone(MLMSNet))
 register_model("mlmsv2_l", MLMSOptions(version=2), on_backbone(MLMSNet))
 register_model("mlmsv2_s", MLMSOptions(version=2, wide=False), on_backbone(MLMSNet))
 register_model("mlms_small", MLMSOptions(backbone="mobilenetv3_small", wide=False), on_backbone(MLMSNet))
-register_model("mlms_lite", MLMSOptions(version=2, wide=False, level_chs=56, head="separable"), on_backbone(MLMSNet))
+register_model("mlms_lite", MLMSOptions(version=2, wide=False, branch_chs=16, head="separable"), on_backbone(MLMSNet))
 register_model("baseline", BaselineOptions(), on_backbone(BaselineNet))
 
 # %% ../../nbs/networks/mlmsnet.ipynb #83da2058
