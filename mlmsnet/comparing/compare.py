@@ -118,7 +118,7 @@ def _frames(e):
 class PlannedRun:
     "One run of a comparison"
     cfg: Config
-    path: Path
+    path: Path  # The run's folder
 
     @property
     def record(self) -> Path:

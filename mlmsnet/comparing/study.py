@@ -132,7 +132,7 @@ _SCORES = {"mIoU": "miou", "mAcc": "macc", "allAcc": "allacc", "rare classes": "
 class Group:
     "Runs that differ in their seed alone"
     label: str
-    entries: list[Entry]
+    entries: list[Entry]  # One run per seed
     factors: dict = field(default_factory=dict)  # What was set for this arm: dotted key -> value
 
     def values(self, key: str) -> list:
@@ -213,7 +213,7 @@ def _groups_by_factors(entries, factors):
 class Study:
     "Arms of a comparison, best first, and what is known about them"
     groups: list[Group]  # the arms
-    base: Group | None = None
+    base: Group | None = None  # the arm that the others are compared with
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by label, without the base
     failures: list[tuple[str, str]] = field(default_factory=list)  # runs without a result, and why
     notes: list[str] = field(default_factory=list)  # what a reader must know

@@ -183,7 +183,7 @@ class Sweep:
     "What all runs share, what changes between them, and how often each is repeated"
     base: str | dict  # A shipped config, a YAML file, or a dict
     grid: dict = field(default_factory=dict)  # Factor → values: all combinations are run
-    seeds: tuple = (0,)
+    seeds: tuple = (0,)  # Each arm is trained with each of these
     settings: dict = field(default_factory=dict)  # Dotted keys, laid over the base in every run
     arms: list | dict = field(default_factory=list)  # Bundles of settings: [{"name": …, key: value}], or name → settings
     name: str = "sweep"
@@ -622,7 +622,7 @@ class Display:
 
     def __init__(
         self,
-        plan: list[SweepRun],
+        plan: list[SweepRun],  # All runs
         bar: bool = True,  # Show a bar
         say: Callable = print,  # Takes the lines
     ):

@@ -104,7 +104,7 @@ def _start_worker(worker: int):
 
 
 class SegLoader:
-    "A DataLoader whose batches `(x, y, index)` depend on (seed, epoch); `len` is the number of batches of a full epoch"
+    "A DataLoader whose batches `(x, y, index)` depend on (seed, epoch); `len` is the number of batches of a full epoch; `pin_memory` (None: if there is a GPU), `prefetch` batches per worker"
 
     def __init__(self, dataset: AugmentedDataset, batches: EpochBatches, workers: int = 0, pin_memory: bool | None = None, prefetch: int = 2):
         if workers < 0:

@@ -53,7 +53,7 @@ def _seen(p: np.ndarray) -> bool:
 
 # %% ../../nbs/data/traffic.ipynb #00670a44
 def extrude(frame: Frame, lower: list, half: float, upper_half: float | None = None):
-    "Faces of a profile (e, y points, from rear bottom over the top to front bottom) pulled to both sides: yields (pixels, normal, which)"
+    "Faces of the profile `lower` (e, y points, from rear bottom over the top to front bottom) pulled `half` a width to both sides, `upper_half` at its top: yields (pixels, normal, which)"
     upper_half = half if upper_half is None else upper_half
     base = min(y for _, y in lower)
     top = max(y for _, y in lower)

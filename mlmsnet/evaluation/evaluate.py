@@ -383,7 +383,7 @@ def write_submission(
 
 # %% ../../nbs/evaluation/evaluate.ipynb #deb8975f
 def write_record(
-    result: EvalResult,
+    result: EvalResult,  # what `evaluate` returned
     path,  # `evaluation_SPLIT.json`
     model,
     dataset,

@@ -29,8 +29,8 @@ class Trace:
     "What one image meets on its way; keys are the dotted names of a network's parts, the whole is `\"\"`"
     input_hw: tuple[int, int]
     shapes: dict[str, tuple[int, ...]]  # of the last map that a part gives out: C H W
-    macs: dict[str, int]
-    params: dict[str, int]
+    macs: dict[str, int]  # multiply-adds
+    params: dict[str, int]  # numbers that are trained
 
 
 def on_paper(
@@ -120,11 +120,11 @@ class _Spot:
 
 def blueprint(
     traced: Trace | nn.Module,  # A module is traced at 512 × 1024
-    parts: list[Part],
+    parts: list[Part],  # What to draw, and where
     width: float = 7.2,  # inches
     height: float = 2.6,
-    xlim: tuple[float, float] | None = None,
-    ylim: tuple[float, float] | None = None,
+    xlim: tuple[float, float] | None = None,  # Range of the drawing's own units; None: what the parts take
+    ylim: tuple[float, float] | None = None,  # As `xlim`
 ) -> Figure:
     "Draw the parts: height for resolution, thickness for channels; below each its channels and its stride"
     t = traced if isinstance(traced, Trace) else trace(traced)
