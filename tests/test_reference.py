@@ -50,17 +50,20 @@ def explained(value):
     """Parameters of a function or class → does a comment beside them, the docstring or a word of the list say what they are?"""
     parameters = inspect.signature(value).parameters
     classes = ours(value) if inspect.isclass(value) else [value]
+    code = "".join(inspect.getsource(vars(c).get("__init__", c) if inspect.isclass(c) else c) for c in classes)
     notes = {}
     for c in classes:
         notes |= {k: v.get("docment") for k, v in docments(c, full=True, returns=False).items() if not notes.get(k)}
-    listed = {p.name for p in params if p.doc} if isinstance(params := getattr(value, "params", ()), tuple) else set()  # a loss has them as data
-    rest = {n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD and re.search(rf"\*\*{n},  # ", inspect.getsource(value))}
+    data = getattr(value, "params", ())  # of a loss
+    listed = {p.name for p in data if p.doc} if isinstance(data, tuple) else set()
+    rest = {n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD and re.search(rf"\*\*{n},  # ", code)}
     settings = model_settings() if inspect.isclass(value) and any(c.__name__ == "ModelOptions" for c in classes) else set()
     torchs = {n for c in (value.__mro__ if inspect.isclass(value) else ()) if c.__module__.startswith("torch.nn") and "__init__" in vars(c)
               for n in inspect.signature(c.__init__).parameters}
     said = set(re.findall(r"`(\w+)", " ".join(inspect.getdoc(c) or "" for c in classes)))
     plain = {n for n, p in parameters.items() if types_itself(p.annotation)}
-    known = {n for n, text in notes.items() if text}.union(listed, rest, settings, torchs, said, plain, shared_words(), ("self", "args", "kwargs"))
+    known = {n for n, text in notes.items() if text} | listed | rest | settings | torchs | said | plain
+    known |= shared_words() | {"self", "args", "kwargs"}
     return {n: n in known for n in parameters}
 
 

@@ -270,7 +270,7 @@ def wall_quad(cam: Camera, p0, p1, a: float, b: float, y0: float, y1: float):
 
 # %% ../../nbs/data/scenery.ipynb #044bd44f
 def paste(canvas: Canvas, texture: np.ndarray, source: np.ndarray, quad: np.ndarray, za: float, zb: float):
-    "Warp the part `source` (4 x 2 pixels) of `texture` onto `quad` (4 x 2 image pixels); depth goes from `za` to zb"
+    "Warp the part `source` (4 x 2 pixels) of `texture` onto `quad` (4 x 2 image pixels); depth goes from `za` to `zb`"
     box = canvas.box([quad])
     if box is None:
         return

@@ -29,7 +29,7 @@ class AugmentConfig:
     flip: float = 0.5  # Probability of a left-right flip
     photometric: float = 0.0  # 0 off … 1: brightness, contrast, saturation by up to ±50 %, hue by up to ±18°
     mean: tuple[float, float, float] = IMAGENET_MEAN  # RGB on a scale of 0..1; also the colour of the padding
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = IMAGENET_STD  # Their spread, on the same scale
 
     def __post_init__(self):
         if len(tuple(self.crop)) != 2 or min(self.crop) < 1:

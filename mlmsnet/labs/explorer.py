@@ -91,7 +91,7 @@ def choice(
 
 # %% ../../nbs/labs/explorer.ipynb #6f88a504
 def picture(
-    fig: Figure,
+    fig: Figure,  # its size is that of the picture
     fmt: str = "png",  # png or webp
     dpi: int = 90,
     photo: bool | int = False,  # webp: lossy, for figures that are mostly photographs and maps; a number is its quality
