@@ -46,17 +46,24 @@ def ours(cls):
     return [c for c in cls.__mro__ if c.__module__.startswith("mlmsnet")]
 
 
+def source(value):
+    """The text of a function or of a class's own `__init__`; "" if a dataclass made it."""
+    try:
+        return inspect.getsource(vars(value).get("__init__", source) if inspect.isclass(value) else value)
+    except OSError:
+        return ""
+
+
 def explained(value):
     """Parameters of a function or class → does a comment beside them, the docstring or a word of the list say what they are?"""
     parameters = inspect.signature(value).parameters
     classes = ours(value) if inspect.isclass(value) else [value]
-    code = "".join(inspect.getsource(vars(c).get("__init__", c) if inspect.isclass(c) else c) for c in classes)
     notes = {}
     for c in classes:
         notes |= {k: v.get("docment") for k, v in docments(c, full=True, returns=False).items() if not notes.get(k)}
     data = getattr(value, "params", ())  # of a loss
     listed = {p.name for p in data if p.doc} if isinstance(data, tuple) else set()
-    rest = {n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD and re.search(rf"\*\*{n},  # ", code)}
+    rest = {n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD and any(f"**{n},  # " in source(c) for c in classes)}
     settings = model_settings() if inspect.isclass(value) and any(c.__name__ == "ModelOptions" for c in classes) else set()
     torchs = {n for c in (value.__mro__ if inspect.isclass(value) else ()) if c.__module__.startswith("torch.nn") and "__init__" in vars(c)
               for n in inspect.signature(c.__init__).parameters}
