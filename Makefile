@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lab docs readme export bench clean
+.PHONY: help demo test lab docs readme export notebooks hooks bench clean
 
 help:
 	@echo "make demo     draw MiniCity, train MLMSNet with three losses, write runs/demo/report.html   (some minutes on 2 cores)"
@@ -11,6 +11,8 @@ help:
 	@echo "make test     style, notebooks in step with the library, all notebooks, all tests"
 	@echo "make docs     build the docs site into _docs/"
 	@echo "make export   notebooks -> library, then clean the notebooks and write README.md and the sidebar"
+	@echo "make notebooks run the notebooks whose outputs are not those of their code"
+	@echo "make hooks    git merges notebooks cell by cell (once per checkout)"
 	@echo "make bench    all benchmarks, quick"
 
 $(READY): settings.ini setup.py tools/environment.py
@@ -38,6 +40,12 @@ export: $(READY)
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/docs.py readme
 	@$(BIN)/python tools/docs.py sidebar
+
+notebooks: $(READY)
+	@$(BIN)/python tools/run_notebooks.py --stale
+
+hooks: $(READY)
+	@$(BIN)/python tools/hooks.py
 
 bench: $(READY)
 	@for b in augmentation confusion sliding networks minicity losses; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done

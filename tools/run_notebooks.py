@@ -2,6 +2,7 @@
 
     python tools/run_notebooks.py [NOTEBOOK ...]            default: all of nbs/
     python tools/run_notebooks.py --check [NOTEBOOK ...]    runs nothing: are the stored outputs those of the code beside them?
+    python tools/run_notebooks.py --stale [NOTEBOOK ...]    runs those of which they are not
 
 Cells flagged in settings.ini (`tst_flags`) are skipped and keep the outputs they had, for example from a GPU.
 No widget state is saved (its ids are random), so two runs give the same file.
@@ -167,12 +168,14 @@ def main(args=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("notebooks", nargs="*", type=Path)
     ap.add_argument("--check", action="store_true", help="run nothing, compare with the records")
+    ap.add_argument("--stale", action="store_true", help="run only what differs from the records")
     args = ap.parse_args(args)
     paths = args.notebooks or sorted(p for p in Path(CONFIG.nbs_path).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     if args.check:
         return check(paths)
     for path in paths:
-        run(path)
+        if not args.stale or stale(path):
+            run(path)
 
 
 if __name__ == "__main__":
