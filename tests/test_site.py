@@ -104,6 +104,12 @@ def test_no_cell_failed(pages):
     assert not [name for name, page in pages.items() if "cell-output-error" in page.text]
 
 
+def test_no_markdown_is_left(pages):
+    """A link in a link, say, which nbdev makes of `[`name`](page)`"""
+    words = {name: re.sub(r"<(script|style|pre|code)\b.*?</\1>|<[^>]+>", "", page.text, flags=re.S) for name, page in pages.items()}
+    assert not {name: m[0] for name, text in words.items() if (m := re.search(r".{0,40}\]\([^)]{0,60}|.{0,20}^:::.*", text, re.M))}
+
+
 def test_pictures_have_words(pages):
     assert not {name: page.unsaid for name, page in pages.items() if page.unsaid}
 
