@@ -106,8 +106,7 @@ def test_options_combine_or_are_refused():
             continue
         used = [strides[i] for i in levels]
         light = over["head"] == "light" or (over["head"] is None and over["version"] == 2)
-        no_branches = over["branch_chs"] and (over["wide"] or not over["msf"])
-        if no_branches or (light and over["head_chs"]) or (over["fuse_stride"] or used[0]) not in used:
+        if (over["branch_chs"] and over["wide"]) or (light and over["head_chs"]) or (over["fuse_stride"] or used[0]) not in used:
             with pytest.raises(ConfigError):
                 small(**over)
             continue
@@ -219,7 +218,7 @@ def test_settings_survive_a_checkpoint(tmp_path):
     ({"head": None, "head_chs": 64}, "light head has no hidden"), ({"head_chs": 0}, "head_chs is 0"),
     ({"head_chs": 1.5}, "whole number"), ({"level_chs": -8}, "level_chs is -8"), ({"level_chs": True}, "whole number"),
     ({"branch_chs": 0}, "branch_chs is 0"),
-    ({"branch_chs": 8, "wide": True}, "wide false"), ({"branch_chs": 8, "msf": False}, "msf is off"),
+    ({"branch_chs": 8, "wide": True}, "wide false"),
     ({"levels": ()}, "levels are"), ({"levels": (0, 1)}, "the deepest, 2"),
     ({"levels": (2, 0)}, "rising order"), ({"levels": (0, 0, 2)}, "rising order"), ({"levels": (0, 3)}, "positions among [0, 1, 2]"),
     ({"levels": 2}, "positions among"), ({"levels": ("a", 2)}, "positions among"), ({"fuse_stride": 32}, "have strides 8, 8, 8"),

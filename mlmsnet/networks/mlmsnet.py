@@ -80,7 +80,7 @@ def _counts(values) -> bool:
     return isinstance(values, (list, tuple)) and len(values) > 0 and all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
 
 
-def _check_components(version, dilations, wide, msf, level_chs, branch_chs, head, head_chs):
+def _check_components(version, dilations, wide, level_chs, branch_chs, head, head_chs):
     if version not in (1, 2):
         raise ConfigError(f"version is {version!r}; it can be 1 (MLMSNet) or 2 (MLMSNetv2)")
     if not _counts(dilations):
@@ -88,8 +88,8 @@ def _check_components(version, dilations, wide, msf, level_chs, branch_chs, head
     for name, value in (("level_chs", level_chs), ("branch_chs", branch_chs), ("head_chs", head_chs)):
         if value is not None and not _counts([value]):
             raise ConfigError(f"{name} is {value!r}; it must be a whole number ≥ 1")
-    if branch_chs is not None and (wide or not msf):
-        raise ConfigError(f"branch_chs is {branch_chs}, but " + ("narrow branches are added to the map and cannot widen it: set wide false" if wide else "msf is off: there are no branches"))
+    if branch_chs is not None and wide:
+        raise ConfigError(f"branch_chs is {branch_chs}, but narrow branches are added to the map and cannot widen it: set wide false")
     if head not in HEADS:
         raise ConfigError(unknown("head", head, HEADS))
     if head == "light" and head_chs is not None:
@@ -137,7 +137,7 @@ class MLMSNet(SegModel):
         head_chs: int | None = None,  # Hidden channels of the head; None: 128, or 256 if wide
     ):
         head = ("conv" if version == 1 else "light") if head is None else head
-        _check_components(version, dilations, wide, msf, level_chs, branch_chs, head, head_chs)
+        _check_components(version, dilations, wide, level_chs, branch_chs, head, head_chs)
         super().__init__(backbone, num_classes, version == 1 if aux is None else aux, dropout)
         self.levels = _check_levels(levels, self.strides)
         strides, chs = [self.strides[i] for i in self.levels], [self.channels[i] for i in self.levels]
