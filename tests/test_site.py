@@ -137,7 +137,7 @@ def source_line(href):
 
 
 def test_links_and_anchors_hold(site, pages):
-    wrong = []
+    wrong = {}  # target and fault -> the pages it stands on
     for name, page in pages.items():
         for href in page.links + page.loads:
             if href.startswith(("data:", "mailto:", "javascript:")):
@@ -154,8 +154,9 @@ def test_links_and_anchors_hold(site, pages):
             else:
                 fault = None
             if fault:
-                wrong.append(f"{name}: {href}: {fault}")
-    assert not wrong, "\n".join([f"{len(wrong)} links", *sorted(set(wrong))[:60]])
+                target = href if file is None else f"{os.path.relpath(file, site)}#{anchor}"
+                wrong.setdefault(f"{target}: {fault}", []).append(name)
+    assert not wrong, "\n".join([f"{len(wrong)} links", *(f"{k} (on {v[0]} and {len(v) - 1} more)" for k, v in wrong.items())])
 
 
 def weight(site, name, page):

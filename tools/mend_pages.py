@@ -14,7 +14,8 @@ from pathlib import Path
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 
-ROOT = get_config().config_path
+CONFIG = get_config()
+ROOT = CONFIG.config_path
 SHARED = "site_libs"  # the folder of what all pages share
 
 
@@ -28,8 +29,11 @@ def fetch_katex():
     return katex
 
 
-def local_katex(text, up):
-    return re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist", f"{up}{SHARED}/katex", text)
+def local(text, up, katex):
+    """What is here is not fetched from elsewhere: KaTeX, and the pages themselves, which nbdev names by their published address."""
+    if katex:
+        text = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist", f"{up}{SHARED}/katex", text)
+    return text.replace(f'href="{CONFIG.doc_host}{CONFIG.doc_baseurl}/', f'href="{up}')
 
 
 def plain(markup):
@@ -147,7 +151,7 @@ def mend(out):
     for p in [*pages, *out.glob("search.json"), *out.glob("sitemap.xml")]:
         text = p.read_text()
         if p.suffix == ".html":
-            text = describe(local_katex(text, "../" * (len(p.relative_to(out).parts) - 1)) if katex.exists() else text)
+            text = describe(local(text, "../" * (len(p.relative_to(out).parts) - 1), katex.exists()))
         p.write_text(pattern.sub(lambda m: names[m[1]], text) if pattern else text)
     for p in pages:
         if p.name in names:
