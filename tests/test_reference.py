@@ -108,6 +108,19 @@ def test_parameters_are_explained(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_documentation_has_a_row_per_parameter(module):
+    """What `show_doc` puts on the page of a module."""
+    from mlmsnet.labs.signatures import SignaturePage
+    for name, value in public(module):
+        text = SignaturePage(value)._repr_markdown_()
+        assert f"### {name}\n" in text and (value.__doc__ or "").strip().split("\n")[0] in text
+        own = inspect.isfunction(value) or inspect.isfunction(vars(value).get("__init__"))  # else a base class's, or torch's
+        if own and not isinstance(getattr(value, "params", None), tuple):  # a loss has its list
+            gone = [n for n in inspect.signature(value).parameters if f"`{n}`" not in text and f"*{n}`" not in text]
+            assert not gone, f"{name}: {gone}"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_api_page_lists_every_name(module):
     room = module.removeprefix("mlmsnet.")
     names = getattr(importlib.import_module(module), "__all__", ())
