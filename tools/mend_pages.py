@@ -29,11 +29,20 @@ def fetch_katex():
     return katex
 
 
-def local(text, up, katex):
-    """What is here is not fetched from elsewhere: KaTeX, and the pages themselves, which nbdev names by their published address."""
+def local(text, up, katex, anchors):
+    """What is here is not fetched from elsewhere: KaTeX, and the pages themselves, which nbdev names by their published address.
+
+    nbdev links private names and methods too, to an anchor that no page has: then it is the class, or the page.
+    """
+    def link(m):
+        page, name = m[1], m[2]
+        while name and name not in anchors.get(page, ()):
+            name = name.rpartition(".")[0]
+        return f'href="{up}{page}{"#" if name else ""}{name or ""}"'
+
     if katex:
         text = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[^/]+/dist", f"{up}{SHARED}/katex", text)
-    return text.replace(f'href="{CONFIG.doc_host}{CONFIG.doc_baseurl}/', f'href="{up}')
+    return re.sub(f'href="{re.escape(CONFIG.doc_host + CONFIG.doc_baseurl)}/([^"#]*)(?:#([^"]*))?"', link, text)
 
 
 def plain(markup):
@@ -148,10 +157,11 @@ def mend(out):
     names = {p.name: _nbpath2html(Path(p.name)).name for p in pages}  # 01_pixels.html -> pixels.html
     names = {k: v for k, v in names.items() if k != v}
     pattern = re.compile(r"(?<![\w-])(" + "|".join(map(re.escape, names)) + ")") if names else None
-    for p in [*pages, *out.glob("search.json"), *out.glob("sitemap.xml")]:
-        text = p.read_text()
+    texts = {p: p.read_text() for p in [*pages, *out.glob("search.json"), *out.glob("sitemap.xml")]}
+    anchors = {_nbpath2html(p.relative_to(out)).as_posix(): set(re.findall(r'\sid="([^"]+)"', texts[p])) for p in pages}
+    for p, text in texts.items():
         if p.suffix == ".html":
-            text = describe(local(text, "../" * (len(p.relative_to(out).parts) - 1), katex.exists()))
+            text = describe(local(text, "../" * (len(p.relative_to(out).parts) - 1), katex.exists(), anchors))
         p.write_text(pattern.sub(lambda m: names[m[1]], text) if pattern else text)
     for p in pages:
         if p.name in names:
