@@ -28,9 +28,11 @@ def page(name):
 
 @functools.lru_cache(None)
 def shared_words():
-    """The words that api.ipynb explains once for all signatures."""
-    table = page("api").split("## Words that mean the same everywhere")[1].split("\n## ")[0]
-    return {w for line in table.splitlines() if line.startswith("| `") for w in re.findall(r"`(\w+)`", line.split("|")[1])}
+    """The words that are explained once for all signatures."""
+    from mlmsnet.labs.signatures import WORDS
+    words = {w for names in WORDS for w in names.split()}
+    assert not [w for w in words if f"`{w}`" not in page("api")]
+    return words
 
 
 def public(module):
