@@ -75,9 +75,9 @@ class Registry(dict):
         raise ConfigError(unknown(self.kind, name, self))
 
     def register(self, name: str):
-        "Decorator: `@registry.register('name')`; a name can be taken once"
+        "Decorator: `@registry.register('name')`; a name can be taken once, but running its cell twice is no mistake"
         def add(thing):
-            if name in self:
+            if name in self and self[name].__qualname__ != thing.__qualname__:
                 raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name")
             self[name] = thing
             return thing
