@@ -202,16 +202,16 @@ def _table(titles, rows):
     lines = [[titles[i] for i in used], ["---"] * len(used), *([_cell(r[i]) for i in used] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
-# %% ../../nbs/labs/signatures.ipynb #188157fe
+# %% ../../nbs/labs/signatures.ipynb #c0bf7269
 def exported(
     sym,  # Anything
 ):
     "The same thing in the library, if `sym` was made by running a notebook's cell"
-    if getattr(sym, "__module__", "") != "__main__":
+    if getattr(sym, "__module__", "") not in ("__main__", "builtins"):  # nbdev runs cells under the second name
         return sym
     from nbdev.config import get_config
     index = importlib.import_module(f"{get_config().lib_name}._modidx").d["syms"]
-    name = sym.__qualname__
+    name = getattr(sym, "__qualname__", "")
     homes = [importlib.import_module(m) for m, symbols in index.items() if f"{m}.{name}" in symbols]
     found = [getattr(m, name) for m in homes if hasattr(m, name)]
     same = [f for f in found if f.__doc__ == sym.__doc__]
