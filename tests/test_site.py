@@ -226,8 +226,8 @@ def moves(box):
 
 @pytest.fixture(scope="module")
 def walk(home, pages, chromium):
-    """One walk over all pages: what goes wrong on each, on a wide screen and then on a narrow one"""
-    tab = chromium.new_page(viewport={"width": 1200, "height": 900})
+    """One walk over all pages, on the screen of a phone: what goes wrong on each"""
+    tab = chromium.new_page(viewport={"width": 390, "height": 800})
     watch = Watch(tab, (home,))
     found = {"errors": [], "outside": [], "still": [], "wide": [], "explorers": 0, "formulas": []}
     for name in pages:
@@ -241,10 +241,8 @@ def walk(home, pages, chromium):
                 found["still"].append(f"{name}: explorer {k}")
         if tab.locator("span.math").count() and not tab.locator(".katex").count():
             found["formulas"].append(name)
-        tab.set_viewport_size({"width": 390, "height": 800})
         if wide := tab.evaluate(WIDE):
             found["wide"].append(f"{name}: {wide}")
-        tab.set_viewport_size({"width": 1200, "height": 900})
         found["errors"] += [f"{name}: {e}" for e in watch.errors]
         found["outside"] += [f"{name}: {u}" for u in watch.outside]
         watch.errors.clear()
