@@ -20,6 +20,7 @@ from _browser import Watch, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+SLOW = 120_000  # milliseconds that a busy machine may take for a page
 HOME_BYTES, PAGE_BYTES = 1_000_000, 3_000_000
 TEN_PAGES = ["index", "tutorials/pixels_and_classes", "tutorials/receptive_field", "explanations/glossary", "compare_losses",
              "labs/loss_curves", "experiments/e_fusion", "reference/api", "losses/region", "networks/mlmsnet"]
@@ -203,6 +204,7 @@ def chromium():
 @pytest.fixture
 def page(chromium):
     page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(SLOW)
     yield page
     page.close()
 
@@ -228,6 +230,7 @@ def moves(box):
 def walk(home, pages, chromium):
     """One walk over all pages, on the screen of a phone: what goes wrong on each"""
     tab = chromium.new_page(viewport={"width": 390, "height": 800})
+    tab.set_default_timeout(SLOW)
     watch = Watch(tab, (home,))
     found = {"errors": [], "outside": [], "still": [], "wide": [], "explorers": 0, "formulas": []}
     for name in pages:
@@ -278,7 +281,7 @@ def test_search_finds(home, page):
     for words, target in FINDS.items():
         box.fill("")
         box.press_sequentially(words, delay=5)
-        page.locator(f".smalldocs-search-results a[href*='{target}']").first.wait_for(timeout=10_000)
+        page.locator(f".smalldocs-search-results a[href*='{target}']").first.wait_for()
 
 
 def test_sidebar_opens_by_keyboard(home, page):
@@ -287,7 +290,7 @@ def test_sidebar_opens_by_keyboard(home, page):
     assert not link.is_visible()
     for section in ("Components", "Losses"):
         page.locator("#quarto-sidebar [data-bs-toggle=collapse]", has_text=re.compile(f"^{section}$")).press("Enter")
-    link.wait_for(timeout=5_000)
+    link.wait_for()
     link.press("Enter")
     page.wait_for_url("**/losses/region.html")
 
@@ -320,12 +323,15 @@ def test_nobody_is_locked_out(home, pages, chromium):
         if not shutil.which("npm"):
             pytest.skip("axe-core is not here, nor npm to bring it")
         subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=ROOT, check=True, capture_output=True)
-    wrong = []
-    for theme, rules in ("light", None), ("dark", ["color-contrast", "link-in-text-block"]):
-        tab = chromium.new_page(viewport={"width": 1200, "height": 900}, color_scheme=theme)
-        for name in TEN_PAGES:
-            assert tab.goto(f"{home}/{name}.html", wait_until="load").ok, name
-            tab.add_script_tag(path=str(AXE))
-            wrong += [f"{name}, {theme}: {f}" for f in faults(tab, rules)]
-        tab.close()
+    wrong, tab = [], chromium.new_page(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")  # no colour half way
+    tab.set_default_timeout(SLOW)
+    for name in TEN_PAGES:
+        assert tab.goto(f"{home}/{name}.html", wait_until="load").ok, name
+        tab.add_script_tag(path=str(AXE))
+        wrong += [f"{name}: {f}" for f in faults(tab)]
+        tab.evaluate("smalldocsToggleScheme()")
+        tab.wait_for_function("document.documentElement.classList.contains('quarto-dark')")
+        wrong += [f"{name}, dark: {f}" for f in faults(tab, ["color-contrast", "link-in-text-block"])]
+        tab.evaluate("localStorage.clear()")
+    tab.close()
     assert not wrong, "\n".join([f"{len(wrong)} faults", *wrong[:40]])
