@@ -27,7 +27,7 @@ lab: $(READY)
 test: $(READY)
 	@$(BIN)/ruff check mlmsnet nbs tests tools benchmarks setup.py
 	@$(BIN)/python tools/check_sync.py
-	@$(BIN)/python -m pytest tests --numprocesses 2
+	@$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 docs: $(READY)
 	@$(BIN)/python tools/docs.py site
