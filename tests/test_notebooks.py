@@ -2,6 +2,7 @@
 import ast
 import json
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,25 @@ def name(path):
     return str(path.relative_to(ROOT / "nbs"))
 
 
+@contextmanager
+def in_turn():
+    """One process of the test run at a time."""
+    fcntl = pytest.importorskip("fcntl")
+    lock = ROOT / "runs/notebooks/.in_turn"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
+        yield
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_runs(path, monkeypatch):
     from run_notebooks import execute
     monkeypatch.setenv("MLMSNET_SCALE", "smoke")
     monkeypatch.chdir(ROOT)
-    nb, _ = execute(path)
+    share_a_run = name(path) in ("train.ipynb", "evaluate.ipynb", "predict.ipynb")
+    with in_turn() if share_a_run else nullcontext():
+        nb, _ = execute(path)
     if path.parent.name == "reference":  # these pages are made from the code
         was, now = (_text(cells) for cells in (json.loads(path.read_text())["cells"], nb.cells))
         assert now == was, f"the code says something else by now: python tools/run_notebooks.py {path.relative_to(ROOT)}"
