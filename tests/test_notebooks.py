@@ -29,12 +29,14 @@ def in_turn():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_runs(path, monkeypatch):
-    from run_notebooks import execute
+    from run_notebooks import execute, load_record
     monkeypatch.setenv("MLMSNET_SCALE", "smoke")
     monkeypatch.chdir(ROOT)
     share_a_run = name(path) in ("train.ipynb", "evaluate.ipynb", "predict.ipynb")
     with in_turn() if share_a_run else nullcontext():
-        nb, _ = execute(path)
+        nb, _, reads = execute(path)
+    known = load_record(path).get("reads", {})
+    assert not set(reads) - set(known), f"reads records that its run did not note: python tools/run_notebooks.py {path.relative_to(ROOT)}"
     if path.parent.name == "reference":  # these pages are made from the code
         was, now = (_text(cells) for cells in (json.loads(path.read_text())["cells"], nb.cells))
         assert now == was, f"the code says something else by now: python tools/run_notebooks.py {path.relative_to(ROOT)}"
@@ -142,3 +144,28 @@ def test_records_from_several_runs_at_once(tmp_path):
     jobs = [subprocess.Popen([sys.executable, "-c", code, *share], cwd=ROOT) for share in shares]
     assert [j.wait() for j in jobs] == [0, 0]
     assert len(json.loads((tmp_path / ".outputs.json").read_text())) == 12
+
+
+def test_a_newer_record_is_noticed(tmp_path, monkeypatch):
+    """The record that a cell opened, through whatever function and relative path, is in the notebook's entry; others are not."""
+    import nbformat
+    import run_notebooks
+    from nbformat.v4 import new_code_cell, new_notebook
+    results, path = tmp_path / "results", tmp_path / "nbs/a.ipynb"
+    for name, text in {"e_one/seed0/run.json": "1", "e_two/run.json": "2", "benchmarks/x.json": "3", "benchmarks/y.json": "4"}.items():
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).write_text(text)
+    path.parent.mkdir()
+    cells = [new_code_cell("from pathlib import Path", id="a"),
+             new_code_cell("Path('../results/e_one/seed0/run.json').read_text() + open('../results/benchmarks/x.json').read()", id="b")]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3"}}), path)
+    monkeypatch.setattr(run_notebooks, "RESULTS", results)
+    run_notebooks.run(path)
+    assert sorted(run_notebooks.load_record(path)["reads"]) == ["benchmarks/x.json", "e_one"]
+    assert [len(c.outputs) for c in nbformat.read(path, 4).cells] == [0, 1]  # what watches is not in the notebook
+    (results / "e_two/run.json").write_text("20")
+    run_notebooks._record_hash.cache_clear()
+    assert run_notebooks.stale(path) is None
+    (results / "e_one/seed0/more.json").write_text("5")
+    run_notebooks._record_hash.cache_clear()
+    assert "results/e_one has changed" in run_notebooks.stale(path)

@@ -7,12 +7,14 @@
 Cells flagged in settings.ini (`tst_flags`) are skipped and keep the outputs they had, for example from a GPU.
 No widget state is saved (its ids are random), so two runs give the same file.
 
-The record is `.outputs.json` in the notebook's folder: one line per notebook, with a hash of its code cells and one of their outputs.
-Only a run that went through to the end writes it, so an edited cell or a retouched output shows up. What a notebook imports from
-elsewhere is not in its hash: that it still runs is seen by the tests, which run every notebook.
+The record is `.outputs.json` in the notebook's folder: one line per notebook, with a hash of its code cells, one of their outputs, and
+one of each record below results/ that a cell opened. Only a run that went through to the end writes it, so an edited cell, a retouched
+output or a newer record shows up. What a notebook imports from elsewhere is not in its hash: that it still runs is seen by the tests,
+which run every notebook.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +32,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
+from nbformat.v4 import new_code_cell
 
 from mlmsnet.core import atomic_write
 
@@ -37,11 +40,18 @@ SKIP = "skip-execution"
 CONFIG = get_config()
 FLAGGED = re.compile(r"^#\s*\|\s*(" + "|".join(map(re.escape, CONFIG.tst_flags.split())) + r"|eval:\s*false)\b", re.M)
 RECORD = ".outputs.json"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+WATCH = """import os as _os, sys as _sys
+_opened = set()
+def _note(event, args):
+    if event == "open" and isinstance(args[0], str): _opened.add(_os.path.abspath(args[0]))
+_sys.addaudithook(_note)"""  # runs in the kernel before the first cell; a file is named by where it was at that moment
+TELL = "print(*(p for p in sorted(_opened) if p.startswith({!r})), sep=chr(10))"  # and after the last one
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(path, timeout=600):
-    """Run one notebook; returns it with fresh outputs, and the number of cells that were skipped."""
+    """Run one notebook; returns it with fresh outputs, the number of cells that were skipped, and the names of the records it opened."""
     nb = nbformat.read(path, as_version=4)
     skipped = flagged(nb)
     then = load_record(path).get("skipped", {})
@@ -49,7 +59,11 @@ def execute(path, timeout=600):
     for c in skipped:
         c.metadata.setdefault("tags", []).append(SKIP)
     resources = {"metadata": {"path": str(Path(path).parent)}}
+    watch, tell = new_code_cell(WATCH), new_code_cell(TELL.format(f"{RESULTS}{os.sep}"))
+    nb.cells = [watch, *nb.cells, tell]
     NotebookClient(nb, timeout=timeout, kernel_name="python3", resources=resources, skip_cells_with_tag=SKIP).execute()
+    nb.cells = nb.cells[1:-1]
+    reads = sorted({record_name(line) for out in tell.outputs for line in out.text.split("\n") if line})
     for c in skipped:
         c.metadata.tags.remove(SKIP)
         if not c.metadata.tags:
@@ -64,7 +78,20 @@ def execute(path, timeout=600):
         c.outputs = _merge_streams(c.outputs) if c.cell_type == "code" else None
         if c.cell_type != "code":
             del c["outputs"]
-    return nb, len(skipped)
+    return nb, len(skipped), reads
+
+
+def record_name(file):
+    """The record that a file below results/ belongs to: a folder of runs, one file, or one benchmark."""
+    parts = Path(file).relative_to(RESULTS).parts
+    return "/".join(parts[:2] if parts[0] == "benchmarks" else parts[:1])
+
+
+@functools.lru_cache(None)
+def _record_hash(name):
+    top = RESULTS / name
+    files = sorted(f for f in (top.rglob("*") if top.is_dir() else [top]) if f.is_file() and not f.name.startswith("."))
+    return _hash([[f.relative_to(RESULTS).as_posix(), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files])
 
 
 def _merge_streams(outputs):
@@ -119,10 +146,12 @@ def _locked(folder):
         os.close(fd)
 
 
-def write_record(path):
-    """Note that `path` holds the outputs of a run of its code; entries of notebooks that are gone leave."""
+def write_record(path, reads=()):
+    """Note that `path` holds the outputs of a run of its code, and the records it read; entries of notebooks that are gone leave."""
     path = Path(path)
     file, entry = path.parent / RECORD, fingerprint(path)
+    if entry and reads:
+        entry["reads"] = {name: _record_hash(name) for name in reads}
     with _locked(path.parent):
         old = json.loads(file.read_text()) if file.exists() else {}
         new = {k: v for k, v in old.items() if (path.parent / k).exists() and k != path.name} | ({path.name: entry} if entry else {})
@@ -142,6 +171,10 @@ def stale(path):
         return "holds outputs, but no run of it is recorded"
     if now["code"] != then["code"]:
         return "a code cell was edited after the run"
+    then = dict(then)
+    other = [name for name, was in then.pop("reads", {}).items() if _record_hash(name) != was]
+    if other:
+        return f"results/{other[0]} has changed since the run"
     return None if now == then else "an output was changed by something else than a run"
 
 
@@ -157,10 +190,10 @@ def check(paths):
 def run(path):
     """Execute, store, clean, record."""
     start = time.time()
-    nb, skipped = execute(path)
+    nb, skipped, reads = execute(path)
     nbformat.write(nb, path)
     nbdev_clean(fname=str(path))
-    write_record(path)
+    write_record(path, reads)
     print(f"{path}: {time.time() - start:.1f} s" + (f", {skipped} cells skipped" if skipped else ""), flush=True)
 
 
