@@ -32,7 +32,7 @@ class DataConfig:
     test: str = "val"  # split that `evaluate` scores
     num_classes: int | None = None  # for `name: list`; known for the others
     size: tuple[int, int] | None = None  # resize every image to (height, width) before anything else
-    cache: Literal["none", "ram", "disk"] = "none"  # keep decoded images
+    cache: Literal["none", "ram", "disk", "device"] = "none"  # keep decoded images: in memory, in a file, or on the network's device
     workers: int = 0  # loader processes
 
 
@@ -92,6 +92,7 @@ class TrainConfig:
     amp: Literal["none", "bf16", "fp16"] = "none"  # autocast
     channels_last: bool = True  # memory layout
     compile: bool = False  # torch.compile
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"  # of torch.compile; the second one uses CUDA graphs
     keep_memory: bool = False  # glibc keeps freed memory: faster on a CPU, at a higher peak memory
     val_every: int = 1  # epochs between validations
     val_batch: int = 1  # images per validation batch (all of one size if more than 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_dataset', 'build_model', 'parameter_groups', 'build_optimizer', 'lr_factor', 'ModelEma', 'TrainingError',
-           'Trainer', 'fit', 'load_weights', 'checkpoint_in', 'load_trained', 'build_skeleton', 'start_model',
+           'Trainer', 'Sent', 'fit', 'load_weights', 'checkpoint_in', 'load_trained', 'build_skeleton', 'start_model',
            'describe_start']
 
 # %% ../../nbs/training/loop.ipynb #bc43a9f6
@@ -23,7 +23,8 @@ from ..core import (AMP_DTYPES, CheckpointError, ConfigError, DataError, MlmsErr
                           save_checkpoint, seed_everything)
 from ..data.datasets import DATASETS, create_dataset
 from ..data.labels import get_table
-from ..data.loaders import CachedDataset, ResizedDataset, eval_loader, train_loader
+from ..data.device import DeviceLoader, DevicePixels, device_batches
+from ..data.loaders import CachedDataset, EpochBatches, ResizedDataset, eval_loader, train_loader
 from ..data.transforms import EvalTransform, TrainTransform
 from ..losses.contract import create_loss, share_statistics
 from ..networks.mlmsnet import create_model
@@ -52,7 +53,7 @@ def build_dataset(
         data = create_dataset(d.name, d.root, split)
     if d.size:
         data = ResizedDataset(data, tuple(d.size))
-    if d.cache != "none" and augmentable:
+    if d.cache in ("ram", "disk") and augmentable:  # `device` is the trainer's: it knows which
         data = CachedDataset(data, d.cache, cache_dir=Path(d.root) / ".cache")
     if len(data) == 0:
         raise DataError(f"{d.root}: the split {split!r} holds no image")
@@ -86,11 +87,11 @@ def parameter_groups(
 
 
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
-    "SGD with momentum, or AdamW"
-    groups = parameter_groups(model, cfg)
+    "SGD with momentum, or AdamW; on a GPU in one kernel for all parameters"
+    groups, fused = parameter_groups(model, cfg), next(model.parameters()).is_cuda or None
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
-    return torch.optim.AdamW(groups, lr=cfg.lr)
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=cfg.lr, fused=fused)
 
 
 def lr_factor(
@@ -114,19 +115,21 @@ class ModelEma:
         model: nn.Module,  # The network that learns
         decay: float,  # Of the average, for example 0.99
     ):
-        self.decay = decay
+        self.decay, self._pairs = decay, None
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int):
         "After step `step` (from 0)"
         d = min(self.decay, (1 + step) / (10 + step))
-        slow, fast = self.model.state_dict().values(), model.state_dict().values()
-        pairs = [(s, f) for s, f in zip(slow, fast) if s.is_floating_point()]
-        torch._foreach_lerp_([s for s, _ in pairs], [f for _, f in pairs], 1 - d)
-        for s, f in zip(slow, fast):
-            if not s.is_floating_point():
-                s.copy_(f)
+        if self._pairs is None:  # tensors stay where they are: collecting them once is enough
+            pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+            floats = [p for p in pairs if p[0].is_floating_point()]
+            self._pairs = *zip(*floats), [p for p in pairs if not p[0].is_floating_point()]
+        slow, fast, others = self._pairs
+        torch._foreach_lerp_(slow, fast, 1 - d)
+        for s, f in others:
+            s.copy_(f)
 
 # %% ../../nbs/training/loop.ipynb #aa903ec0
 class TrainingError(MlmsError):
@@ -152,6 +155,7 @@ class Trainer:
         self._connect()
         self.epoch, self.step_in_epoch, self.history, self.best = 0, 0, [], None
         self.sums, self.seconds, self.cpu_seconds = {}, 0.0, 0.0
+        self.sent, self.val_pixels = [], None
 
     def _build(self, cfg):
         seed_everything(cfg.seed)
@@ -167,8 +171,13 @@ class Trainer:
 
     def _load(self, cfg, data):
         rank, size, k = self.world.rank, self.world.size, cfg.train.accumulate
-        transform, share = TrainTransform(self._augment(), ignore_index=255), share_of_batch(cfg.train.batch_size, size)
-        self.loader = train_loader(data, transform, share, workers=cfg.data.workers, seed=cfg.seed, rank=rank, world=size)
+        share = share_of_batch(cfg.train.batch_size, size)
+        if cfg.data.cache == "device":
+            batches = EpochBatches(len(data), share, cfg.seed, rank=rank, world=size)
+            self.loader = DeviceLoader(self._on_device(data), self._augment(), batches)
+        else:
+            transform = TrainTransform(self._augment(), ignore_index=255)
+            self.loader = train_loader(data, transform, share, workers=cfg.data.workers, seed=cfg.seed, rank=rank, world=size)
         if len(self.loader) < k:
             raise ConfigError(f"{len(data)} training images make {len(self.loader)} batches of {cfg.train.batch_size}; "
                               "lower --train.batch_size" + (" or --train.accumulate" if k > 1 else ""))
@@ -182,7 +191,12 @@ class Trainer:
             for name, p in self.model.named_parameters():  # an auxiliary head that counts nothing has no gradient to wait for
                 p.requires_grad_(p.requires_grad and not (name.startswith("aux") and self.cfg.loss.aux_weight == 0))
         self.wrapped = wrap(sync_batchnorm(self.model), self.world)
-        self.forward = torch.compile(self.wrapped) if self.cfg.train.compile else self.wrapped
+        self.forward = torch.compile(self.wrapped, mode=self.cfg.train.compile_mode) if self.cfg.train.compile else self.wrapped
+
+    def _on_device(self, data):
+        if isinstance(data, DevicePixels) and data.device == self.device:
+            return data
+        return DevicePixels(data, self.device, progress=self.progress and is_main())
 
     def _augment(self):
         return replace(self.cfg.augment, mean=tuple(self.model.backbone.mean), std=tuple(self.model.backbone.std))
@@ -196,16 +210,16 @@ class Trainer:
         kind = AMP_DTYPES[self.cfg.train.amp]
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
-    def _stop(self, what: str, indices):
+    def _stop(self, what: str, step: int, indices):
         names = [self.train_data.names[i] for part in gather([index.tolist() for index in indices]) for index in part for i in index]
-        raise everywhere(TrainingError(f"{what} in epoch {self.epoch + 1}, step {self.step}, images {', '.join(names)}; "
+        raise everywhere(TrainingError(f"{what} in epoch {self.epoch + 1}, step {step}, images {', '.join(names)}; "
                                        "check their labels with `mlmsnet data verify`, lower --train.lr, or set --train.clip_grad 1. "
                                        "The last checkpoint is unharmed"))
 
 # %% ../../nbs/training/loop.ipynb #f8e72aa4
 @patch
 def add_gradients(self: Trainer, x, y, index, n: int = 1) -> dict:
-    "Forward and backward of one batch out of `n` of a step; returns the losses as floats"
+    "Forward and backward of one batch out of `n` of a step; returns the losses, still on the device"
     weight = self.cfg.loss.aux_weight
     x = x.to(self.device, memory_format=self.layout, non_blocking=True)
     y = y.to(self.device, non_blocking=True)
@@ -216,37 +230,71 @@ def add_gradients(self: Trainer, x, y, index, n: int = 1) -> dict:
         if weight and "aux" in out:
             losses["aux"] = sum(self.loss(a, y) for a in (out["aux"] if isinstance(out["aux"], list) else [out["aux"]]))
             loss = loss + weight * losses["aux"]
-    values = {name: mean(v.detach()).item() for name, v in losses.items()}
-    if not math.isfinite(values["loss"]):
-        self._stop(f"the loss became {values['loss']}", [index])
     self.scaler.scale(loss / n).backward()
-    return values
+    return {name: mean(v.detach()) for name, v in losses.items()}
 
 # %% ../../nbs/training/loop.ipynb #ee370d37
 @patch
 def train_step(self: Trainer, batches) -> dict:
-    "One optimiser step over `accumulate` batches; returns the losses as floats"
+    "One optimiser step over `accumulate` batches; returns the newest losses that have arrived, as floats"
     cfg = self.cfg
     self.noise.seed((cfg.seed * 1_000_003 + self.step) % 2**63)
     for g in self.optimizer.param_groups:
         g["lr"] = cfg.train.lr * g["mult"] * lr_factor(self.step, self.total_steps, cfg.train)
     self.optimizer.zero_grad(set_to_none=True)
-    shown = {}
+    losses = []
     for i, batch in enumerate(batches, 1):
         with contextlib.nullcontext() if self.world.size == 1 or i == len(batches) else self.wrapped.no_sync():
-            for name, value in self.add_gradients(*batch, len(batches)).items():
-                shown[name] = shown.get(name, 0.0) + value / len(batches)
+            losses.append(self.add_gradients(*batch, len(batches)))
     self.scaler.unscale_(self.optimizer)
     params = [p for p in self.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in params])
     if cfg.train.clip_grad:
         nn.utils.clip_grads_with_norm_(params, cfg.train.clip_grad, norm)
-    if not self.scaler.is_enabled() and not math.isfinite(norm):  # with fp16 now and then expected: the scaler skips the step
-        self._stop(f"the gradients became {norm.item()}", [index for *_, index in batches])
+    self.sent.append(Sent(self.step, losses, norm, [index for *_, index in batches]))
+    shown = self.arrived(keep=1 if self.device.type == "cuda" else 0)
     self.scaler.step(self.optimizer)
     self.scaler.update()
     if self.ema:
         self.ema.update(self.model, self.step)
+    return shown
+
+# %% ../../nbs/training/loop.ipynb #5e17a1b1
+class Sent:
+    "Losses and gradient norm of a step, on their way from the device"
+
+    def __init__(self, step: int, losses: list[dict], norm: torch.Tensor, indices: list):
+        self.step, self.names, self.indices = step, list(losses[0]), indices
+        numbers = torch.stack([v for part in losses for v in part.values()] + [norm.to(losses[0]["loss"].dtype)])
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.ready = torch.cuda.Event() if numbers.is_cuda else None
+        if self.ready:
+            self.ready.record()
+
+    def read(self) -> tuple[list[dict], float]:
+        "The losses of each batch, and the norm"
+        if self.ready:
+            self.ready.synchronize()
+        *values, norm = self.numbers.tolist()
+        k = len(self.names)
+        return [dict(zip(self.names, values[i:i + k])) for i in range(0, len(values), k)], norm
+
+
+@patch
+def arrived(self: Trainer, keep: int = 0) -> dict:
+    "Check and sum the numbers of all steps but the newest `keep`; returns the losses of the last one read"
+    shown = {}
+    while len(self.sent) > keep:
+        sent = self.sent.pop(0)
+        losses, norm = sent.read()
+        for part, index in zip(losses, sent.indices):
+            if not math.isfinite(part["loss"]):
+                self._stop(f"the loss became {part['loss']}", sent.step, [index])
+        if not self.scaler.is_enabled() and not math.isfinite(norm):  # with fp16 now and then expected: the scaler skips the step
+            self._stop(f"the gradients became {norm}", sent.step, sent.indices)
+        shown = {name: sum(part[name] / len(losses) for part in losses) for name in sent.names}
+        for name, value in shown.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
     return shown
 
 # %% ../../nbs/training/loop.ipynb #792e684e
@@ -264,8 +312,6 @@ def train_epoch(self: Trainer, bar=None, save=None):
         if len(batches) < k:
             continue
         shown = self.train_step(batches)
-        for name, value in shown.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
         self.step_in_epoch, batches = self.step_in_epoch + 1, []
         now, now_cpu = time.perf_counter(), time.process_time()
         self.seconds, self.cpu_seconds = self.seconds + now - clock, self.cpu_seconds + self.world.size * (now_cpu - cpu)
@@ -278,7 +324,10 @@ def train_epoch(self: Trainer, bar=None, save=None):
         if self.step_in_epoch == self.steps_per_epoch:
             break
         if save and cfg.train.save_steps and self.step_in_epoch % cfg.train.save_steps == 0:
+            self.arrived()
             save()
+    self.arrived()
+    self.seconds += time.perf_counter() - clock
 
 # %% ../../nbs/training/loop.ipynb #d137526e
 @patch
@@ -287,8 +336,13 @@ def validate(self: Trainer) -> dict:
     "mIoU, mAcc and allAcc of the averaged network (or the network, without EMA) over whole validation images"
     model = self.ema.model if self.ema else self.model
     backbone = self.model.backbone
-    loader = eval_loader(self.val_data, EvalTransform(backbone.mean, backbone.std), self.cfg.train.val_batch, workers=self.cfg.data.workers,
-                         rank=self.world.rank, world=self.world.size)
+    share = {"rank": self.world.rank, "world": self.world.size}
+    if self.cfg.data.cache == "device":
+        self.val_pixels = self.val_pixels or self._on_device(self.val_data)
+        loader = device_batches(self.val_pixels, backbone.mean, backbone.std, self.cfg.train.val_batch, **share)
+    else:
+        loader = eval_loader(self.val_data, EvalTransform(backbone.mean, backbone.std), self.cfg.train.val_batch,
+                             workers=self.cfg.data.workers, **share)
     confusion = ConfusionMatrix(self.train_data.num_classes)
     model.eval()
     for x, y, _ in loader:
