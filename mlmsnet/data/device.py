@@ -176,13 +176,13 @@ def recolor(
     "Each image's colours through its matrix, cut off at 0 and 255"
     return torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], x.flatten(2)).view_as(x).clamp_(0, 255)
 
-# %% ../../nbs/data/device.ipynb #b0d3050e
+# %% ../../nbs/data/device.ipynb #52e17f29
 def device_batches(
     pixels: DevicePixels,
     mean: tuple,  # RGB on a scale of 0..1
     std: tuple,
-    batch_size: int = 1,
-    rank: int = 0,
+    batch_size: int = 1,  # Images at a time
+    rank: int = 0,  # Which process this is
     world: int = 1,  # Number of processes that share the images
 ):
     "All images in order as `(x, y, index)`, normalised, on the device; each exactly once over all processes"

@@ -263,7 +263,13 @@ def train_step(self: Trainer, batches) -> dict:
 class Sent:
     "Losses and gradient norm of a step, on their way from the device"
 
-    def __init__(self, step: int, losses: list[dict], norm: torch.Tensor, indices: list):
+    def __init__(
+        self,
+        step: int,  # Which step, counted from 0
+        losses: list[dict],  # Of each batch, tensors on the device
+        norm: torch.Tensor,  # Of the gradients
+        indices: list,  # Of each batch's images
+    ):
         self.step, self.names, self.indices = step, list(losses[0]), indices
         numbers = torch.stack([v for part in losses for v in part.values()] + [norm.to(losses[0]["loss"].dtype)])
         self.numbers = numbers.to("cpu", non_blocking=True)
