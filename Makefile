@@ -1,13 +1,15 @@
 # Each target first makes .venv, if it is not there or settings.ini is newer, and says so. Nothing but Python >= 3.10 is needed.
 PYTHON ?= python3
+LAB_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lab docs readme export notebooks hooks bench clean
+.PHONY: help install demo test lab docs readme export notebooks hooks bench clean
 
 help:
 	@echo "make demo     draw MiniCity, train MLMSNet with three losses, write runs/demo/report.html   (some minutes on 2 cores)"
-	@echo "make lab      open the notebooks in JupyterLab"
+	@echo "make lab      open the notebooks in JupyterLab   (options for it: LAB_ARGS=\"--no-browser --allow-root\")"
+	@echo "make install  the environment in .venv, and no more"
 	@echo "make test     style, notebooks in step with the library, all notebooks, all tests"
 	@echo "make docs     build the docs site into _docs/"
 	@echo "make export   notebooks -> library, then clean the notebooks and write README.md and the sidebar"
@@ -18,11 +20,14 @@ help:
 $(READY): settings.ini setup.py tools/environment.py
 	@$(PYTHON) tools/environment.py
 
+install: $(READY)
+
 demo: $(READY)
 	@$(BIN)/mlmsnet demo
 
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@find nbs -name '*.ipynb' -not -path '*checkpoint*' -print0 | xargs -0 $(BIN)/jupyter trust >/dev/null  # stored figures may move before a cell is run
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab nbs/index.ipynb $(LAB_ARGS)
 
 test: $(READY)
 	@$(BIN)/ruff check mlmsnet nbs tests tools benchmarks setup.py

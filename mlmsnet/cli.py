@@ -9,6 +9,7 @@ __all__ = ['DEMO_LOSSES', 'split_settings', 'build_parser', 'train', 'evaluate',
 # %% ../nbs/cli.ipynb #a2802e09
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -78,6 +79,10 @@ def _command(sub, name, run, help, settings=False):
     return p
 
 
+def _add_plugin(p):
+    p.add_argument("--plugin", metavar="FILE.py", help="a Python file that registers losses, networks or data sets of your own; it is run")
+
+
 def _add_train(sub):
     p = _command(sub, "train", train, "Train a network. Killed and started again, the same command goes on.", settings=True)
     p.epilog = ("on several GPUs: torchrun --nproc_per_node=4 -m mlmsnet train CONFIG --run-dir DIR\n"
@@ -85,6 +90,7 @@ def _add_train(sub):
     p.add_argument("config", nargs="?", help="a shipped config or a YAML file (an original one is understood); without it the names are listed")
     p.add_argument("--run", "--run-dir", metavar="DIR", help="folder of the run (default: runs/CONFIG/seedN)")
     p.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    _add_plugin(p)
     p.add_argument("--quiet", action="store_true", help="no progress bar, no line per epoch")
 
 
@@ -117,6 +123,7 @@ def _add_evaluate(sub):
     p.add_argument("--label-ids", action="store_true", help="saved labels hold Cityscapes label ids, as its server wants them")
     p.add_argument("--boundary", action="store_true", help="boundary IoU too")
     p.add_argument("--record", metavar="FILE", help="write the result here (default: RUN/evaluation_SPLIT.json for a run)")
+    _add_plugin(p)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -170,9 +177,10 @@ def _add_predict(sub):
     p = _command(sub, "predict", predict, "Segment images.", settings=True)
     p.add_argument("run", help="a run's folder or a checkpoint")
     p.add_argument("images", nargs="+", help="image files, or folders of them")
-    p.add_argument("--out", metavar="DIR", default="predictions", help="where the pictures go (default: predictions)")
+    p.add_argument("--out", metavar="DIR", default="predicted", help="where the pictures go (default: predicted)")
     p.add_argument("--config", metavar="CONFIG", help="settings of a checkpoint that has none inside")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_plugin(p)
     p.add_argument("--blend", type=float, default=0.6, metavar="A", help="weight of the colours over the image, 0 to 1 (default 0.6)")
 
 
@@ -259,7 +267,7 @@ def _add_compare(sub):
     p.add_argument("--config", metavar="CONFIG", help="what all runs share: a shipped name or a YAML file (default: minicity_losses)")
     p.add_argument("--seeds", metavar="0,1,2", help="every loss or setting is trained with each of these (default: 0, or those of the sweep)")
     p.add_argument("--out", metavar="DIR", help="where all of it goes (default: runs/compare, or runs/NAME of the sweep)")
-    p.add_argument("--plugin", metavar="FILE.py", help="a Python file that registers losses of your own; it is run")
+    _add_plugin(p)
     p.add_argument("--images", metavar="TRAIN,VAL", help="MiniCity scenes to draw (default: 240,96)")
     p.add_argument("--rarity", type=float, metavar="0…1", help="rare things become rarer in the scenes that are drawn (default: 0)")
     p.add_argument("--pictures", type=int, default=12, metavar="N", help="predictions to keep of each run (default: 12)")
@@ -280,15 +288,12 @@ _FOR_SWEEPS = ("dry_run", "executor", "jobs", "ray", "address", "gpus_per_run", 
 
 def compare(args, settings):
     "`mlmsnet compare --losses ohem,dice_ce --seeds 0,1,2`, or `mlmsnet compare ablation.yaml`"
-    from mlmsnet.comparing.compare import load_plugin
     for flag, instead in (("--seed", "--seeds"), *((("--loss.name", "--losses"), ("--loss.params", "--losses NAME:PARAM=VALUE")) if not args.sweep else ())):
         if any(s.split("=")[0] == flag or s.startswith(f"{flag}.") for s in settings):
             raise ConfigError(f"{flag} is not for a comparison; use {instead}")
     images = _numbers("--images", args.images) if args.images else None
     if images and (len(images) != 2 or min(images) < 1):
         raise ConfigError(f"--images {args.images!r}: give two numbers, training and validation scenes, for example 240,96")
-    if args.plugin:
-        load_plugin(args.plugin)
     for flag in ("losses", "config") if args.sweep else _FOR_SWEEPS:
         if getattr(args, flag) not in (None, False):
             name = f"--{flag.replace('_', '-')}"
@@ -312,12 +317,14 @@ def _compare_losses(args, settings, images, say):
 
 
 def _compare_sweep(args, settings, images, say):
-    import re
-    from mlmsnet.comparing.sweep import load_sweep, plan_table, run_sweep, sweep_table
+    from mlmsnet.comparing.sweep import check_images, check_plan, load_sweep, plan_table, run_sweep, sweep_table
     sweep = load_sweep(args.sweep, settings, seeds=_numbers("--seeds", args.seeds) if args.seeds else None, images=images, rarity=args.rarity)
     out = Path(args.out or Path("runs") / (re.sub(r"[^\w.+-]+", "-", sweep.name).strip("-") or "sweep"))
     if args.dry_run:
         print(plan_table(sweep, out))
+        plan = sweep.runs(out)
+        check_plan(plan, out)  # what would not start is told now
+        check_images([run for run in plan if run.cfg.data.name != "minicity"])  # MiniCity is drawn when it is needed
         return
     executor = "ray" if args.ray or args.address else args.executor or ("processes" if (args.jobs or 1) > 1 else "serial")
     result = run_sweep(sweep, out, executor=executor, jobs=args.jobs, address=args.address, gpus_per_run=args.gpus_per_run, cpus_per_run=args.cpus_per_run,
@@ -484,12 +491,16 @@ def main(argv=None) -> int:
             return 0
         if settings and not args.takes_settings:
             raise ConfigError(f"`{args.prog}` takes no settings such as {settings[0]}")
+        if getattr(args, "plugin", None):
+            from mlmsnet.comparing.compare import load_plugin
+            load_plugin(args.plugin)
         args.run_command(args, settings)
         return 0
     except MlmsError as e:
         from mlmsnet.training.distributed import tells
         if tells(e):  # of several processes that stop together, one
-            print(f"mlmsnet: error: {e}", file=sys.stderr)
+            own = " One of your own comes with --plugin FILE.py" if re.match(r"(.*: )?unknown (model|loss|data set) ", str(e)) else ""
+            print(f"mlmsnet: error: {e}{'.' if own and str(e)[-1] != '.' else ''}{own}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nmlmsnet: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

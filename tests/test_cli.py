@@ -451,3 +451,83 @@ def test_evaluate_predict_report(trained, capfd, tmp_path):
     assert (labels == cv2.imread(str(tmp_path / "saved/gray/val100.png"), cv2.IMREAD_UNCHANGED)).all()  # predict and evaluate agree
     assert main(["report", str(trained), "--out", str(tmp_path / "report.html")]) == 0
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+# --- what two first users stumbled over ------------------------------------------------------------------------------------------
+
+NETWORK = """
+from __future__ import annotations
+from dataclasses import dataclass
+from mlmsnet.networks.mlmsnet import MLMSNet, MLMSOptions, on_backbone, register_model
+
+@dataclass(frozen=True)
+class Options(MLMSOptions):
+    msf: bool = False
+
+register_model("my_net", Options(), on_backbone(MLMSNet))
+"""
+
+
+def test_network_of_ones_own(root, capfd, tmp_path):
+    """A plugin may hold a network alone, and train and evaluate take it; without it the error says how."""
+    from mlmsnet.networks.mlmsnet import MODELS
+    plugin = tmp_path / "my_net.py"
+    plugin.write_text(NETWORK)
+    flags = [*ONE_EPOCH, "--model.name", "my_net"]
+    refused(capfd, train(root, *flags), "unknown model 'my_net'", "--plugin FILE.py")
+    try:
+        assert train(root, *flags, "--plugin", plugin) == 0
+        MODELS.pop("my_net")
+        run = str(root.parent / "run")
+        capfd.readouterr()
+        refused(capfd, main(["evaluate", run, "--quiet"]), "my_net", "--plugin FILE.py")
+        assert main(["evaluate", run, "--quiet", "--plugin", str(plugin)]) == 0
+    finally:
+        MODELS.pop("my_net", None)
+
+
+def test_whole_numbers_are_numbers(root, tmp_path):
+    """1 and 1.0 are one setting: a config made in Python goes on where one from YAML stopped, to which no other setting was given."""
+    from dataclasses import replace
+
+    from mlmsnet.training.config import config_hash, parse_config
+    cfg = parse_config(write_config(tmp_path / "config.yaml", root))
+    as_int = replace(cfg, augment=replace(cfg.augment, scale_min=1, scale_max=2), train=replace(cfg.train, weight_decay=0))
+    as_float = replace(cfg, augment=replace(cfg.augment, scale_min=1.0, scale_max=2.0), train=replace(cfg.train, weight_decay=0.0))
+    assert config_hash(as_int) == config_hash(as_float) != config_hash(cfg)
+
+
+def test_refused_folder_is_free_again(root, tmp_path):
+    """A notebook keeps the last error, and with it all that its frames hold: the folder must not stay locked."""
+    from mlmsnet.core import ConfigError
+    from mlmsnet.training.config import parse_config
+    from mlmsnet.training.records import RunFolder
+    cfg = parse_config(write_config(tmp_path / "config.yaml", root))
+    RunFolder(tmp_path / "run", cfg).close()
+    other = parse_config(tmp_path / "config.yaml", ["--train.lr", "0.5"])
+    with pytest.raises(ConfigError, match="holds a run with other settings.*overwrite=True") as kept:
+        RunFolder(tmp_path / "run", other)
+    with RunFolder(tmp_path / "run", other, overwrite=True):
+        assert kept.value.__traceback__ is not None
+
+
+def test_several_numbers_need_brackets(root, capfd):
+    refused(capfd, train(root, "--augment.crop", "144,192"), "--augment.crop [144,192]")
+
+
+def test_a_run_says_what_it_is(root, capfd, tmp_path):
+    """One line: the network, its start, the images, and where it goes on."""
+    config = write_config(tmp_path / "config.yaml", root)
+    assert main(["train", str(config), "--run", str(tmp_path / "run"), *ONE_EPOCH]) == 0
+    out = capfd.readouterr().out
+    assert "from scratch" in out and "images to learn from" in out and "M parameters, cpu" in out
+
+
+def test_dry_run_tells_what_would_not_start(root, capfd, tmp_path):
+    config = write_config(tmp_path / "config.yaml", root)
+    sweep = tmp_path / "sweep.yaml"
+    for common, says in (("{data.root: nowhere}", "nowhere"), ("{model.name: my_net}", "unknown model 'my_net'")):
+        sweep.write_text(f"base: {config}\nsettings: {common}\ngrid: {{train.lr: [0.1, 0.2]}}\nseeds: [0]\n")
+        assert main(["compare", str(sweep), "--dry-run", "--out", str(tmp_path / "out")]) == 2
+        said = capfd.readouterr()
+        assert says in said.err and "0.1" in said.out, said

@@ -3,6 +3,7 @@ import ast
 import json
 import sys
 from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,32 @@ def test_a_newer_record_is_noticed(tmp_path, monkeypatch):
     (results / "e_one/seed0/more.json").write_text("5")
     run_notebooks._record_hash.cache_clear()
     assert "results/e_one has changed" in run_notebooks.stale(path)
+
+
+def test_links_open_in_jupyterlab():
+    """Pages link to notebooks, which both JupyterLab and the site can open; a link to a built page works in one of them only."""
+    import re
+    wrong = []
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "markdown":
+                links = re.findall(r"\]\(([^)\s]+)\)", "".join(cell["source"]))
+                wrong += [(name(path), link) for link in links if "://" not in link and link.split("#")[0].endswith(".html")]
+    assert not wrong
+
+
+def test_solutions_are_closed_in_jupyterlab():
+    """A folded cell of the page is folded in JupyterLab, too, the output of a solution with it; its first line says what it is."""
+    seen = 0
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            options = list(takewhile(lambda line: line.startswith("#|"), source.splitlines()))
+            if cell["cell_type"] == "code" and "#| code-fold: true" in options:
+                solution = "Solution" in source.splitlines()[0]
+                hidden = cell["metadata"].get("jupyter", {})
+                first = "#| code-summary:" if any("code-summary" in o for o in options) else "#|"
+                assert source.startswith(first) and hidden.get("source_hidden"), (name(path), source[:60])
+                assert hidden.get("outputs_hidden") or not solution, (name(path), source[:60])
+                seen += solution
+    assert seen > 40

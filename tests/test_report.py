@@ -192,3 +192,16 @@ def test_in_a_browser(study, tmp_path):
         assert tab.evaluate(whole)  # nothing is cut off
         assert not tab.is_visible("figcaption")
         browser.close()
+
+
+def test_runs_on_other_images_have_no_best(tmp_path):
+    """Runs that were scored on different splits stand on one page, but nothing is called the best, and it says why."""
+    a, b = (made_up_run(tmp_path / n, {"model.msf": n == "a"}, 0.3, 0) for n in "ab")
+    record = load_json(b / "evaluation_val.json")
+    save_json({**record, "split": "small.txt"}, b / "evaluation_val.json")
+    study = read_study([a, b])
+    assert headline(study).startswith("No best")
+    write_report(study, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "not scored on the same images" in page and "split val; minicity, split small.txt" in page and "Best:" not in page
+    assert headline(read_study([a])).startswith("Best")

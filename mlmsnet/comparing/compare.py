@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,9 @@ import torch
 
 from .scores import RARE_SHARE, mean_of, mean_sd, pm, rare_iou
 from ..core import CheckpointError, ConfigError, DataError, MlmsError, atomic_write, load_json, save_json
+from ..data.datasets import DATASETS
 from ..losses.contract import LOSSES, available_losses, create_loss
+from ..networks.mlmsnet import MODELS
 from ..training.config import Config, config_hash, differences, parse_config, save_config, shipped_configs
 from ..training.records import FORMAT, RunRecord, data_fingerprint, find_runs, load_run
 
@@ -87,23 +90,26 @@ def parse_losses(
 
 # %% ../../nbs/comparing/compare.ipynb #2cf9af05
 def load_plugin(
-    path,  # A Python file that calls `register_loss`
+    path,  # A Python file that calls `register_loss`, `register_model` or `DATASETS.register`
 ) -> list[str]:
-    "Run the file; returns the names of the losses that it registered"
-    path, before = Path(path), {n: LOSSES[n] for n in available_losses()}
+    "Run the file; returns the names of the losses, networks and data sets that it registered"
+    available_losses()  # every family is registered before the file is
+    path, before = Path(path), [dict(r) for r in (LOSSES, MODELS, DATASETS)]
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; --plugin takes a Python file that registers losses")
+        raise ConfigError(f"{path}: no such file; --plugin takes a Python file that registers losses, networks or data sets")
     spec = importlib.util.spec_from_file_location(f"mlmsnet_plugin_{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except MlmsError as e:
         raise ConfigError(f"{path}: {e}") from e
     except Exception as e:
         line = next((f":{t.tb_lineno}" for t in _frames(e) if t.tb_frame.f_code.co_filename == str(path)), "")
         raise ConfigError(f"{path}{line}: {type(e).__name__}: {e}") from e
-    names = [n for n, info in LOSSES.items() if before.get(n) is not info]
+    names = [n for old, now in zip(before, (LOSSES, MODELS, DATASETS)) for n, thing in now.items() if old.get(n) is not thing]
     if not names:
-        raise ConfigError(f"{path} registers no loss; call mlmsnet.losses.contract.register_loss('name', function) in it")
+        raise ConfigError(f"{path} registers no loss, network or data set; call mlmsnet.losses.contract.register_loss('name', function), "
+                          "mlmsnet.networks.mlmsnet.register_model(…) or DATASETS.register('name') in it")
     return names
 
 

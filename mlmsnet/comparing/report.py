@@ -339,6 +339,8 @@ def _table(rows, best=True):
 # %% ../../nbs/comparing/report.ipynb #77183ddf
 def headline(study: Study) -> str:
     "The answer in one sentence, from the numbers of the table"
+    if len(_conditions(study)) > 1:
+        return "No best: these runs were not scored on the same images."
     best = study.scored[0]
     text = f"Best: {best.label} with {pm(best.score)} mIoU"
     arm = study.challenger if best is study.base else best
@@ -356,11 +358,25 @@ def _subtitle(study):
     n = {k: v["images"] for k, v in (s.get("data") or {}).items()}
     size = f" at {cfg.data.size[0]}×{cfg.data.size[1]}" if cfg.data.size else ""
     arms = f"{len(study.groups)} arms, " if study.several else ""
-    return f"{arms}{len(study.entries)} runs on {cfg.data.name}{size}: {n.get('train', '?')} training and {n.get('val', '?')} validation images"
+    images = f"{n.get('train', '?')} training and {n.get('val', '?')} validation images"
+    if len(_conditions(study)) > 1:
+        return f"{arms}{len(study.entries)} runs that were not scored on the same images: their numbers do not compare"
+    return f"{arms}{len(study.entries)} runs on {cfg.data.name}{size}: {images}"
+
+
+def _conditions(study) -> list[str]:
+    "On which images the runs were scored, each set once, in words; one for runs that compare"
+    said = []
+    for x in study.entries:
+        d, val = x.record.config.data, (x.record.summary.get("data") or {}).get("val", {})
+        said.append(f"{d.name}, split {x.evaluation['split']}" if x.evaluation else f"{d.name}, split {d.val} with {val.get('images', '?')} images")
+    return list(dict.fromkeys(said))
 
 
 def _protocol(study):
-    entries = study.entries
+    entries, conditions = study.entries, _conditions(study)
+    if len(conditions) > 1:
+        return "Not the same images: " + "; ".join(conditions) + ". A difference between such runs says nothing about them."
     cfg = entries[0].record.config
     e = cfg.eval
     how = "whole image" if e.mode == "whole" else f"windows of {e.crop[0]}×{e.crop[1]} with stride {e.stride:.2g}"

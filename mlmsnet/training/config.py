@@ -124,6 +124,7 @@ def _at_least(cfg, **low):
             raise ConfigError(f"{type(cfg).__name__}.{name} is {getattr(cfg, name)}; it must be at least {least}")
 
 # %% ../../nbs/training/config.ipynb #e5fed86a
+_FLOATS = {f"{f.name}.{g.name}" for f in fields(Config) if is_dataclass(f.default_factory) for g in fields(f.default_factory) if "float" in str(g.type)}
 _NOT_PART_OF_A_RESULT = ("device", "data.root", "data.cache", "data.workers", "train.save_steps", "train.keep_memory", "train.val_batch")
 
 
@@ -137,7 +138,8 @@ def config_hash(
 ) -> str:
     "Eight hex digits over all that can change the result, as far as it is not at its default: settings that are new in a later version change no hash"
     plain = _flat(to_dict(Config()))
-    d = {k: v for k, v in _flat(to_dict(cfg)).items() if k not in _NOT_PART_OF_A_RESULT and (k not in plain or plain[k] != v)}
+    d = {k: _as_float(v) if k in _FLOATS else v for k, v in _flat(to_dict(cfg)).items()}  # 1 and 1.0 are one setting
+    d = {k: v for k, v in d.items() if k not in _NOT_PART_OF_A_RESULT and (k not in plain or plain[k] != v)}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -147,6 +149,12 @@ def differences(
     "`{'train.lr': (0.01, 0.02)}`: the leaves in which two configs differ"
     fa, fb = _flat(to_dict(a)), _flat(to_dict(b))
     return {k: (fa.get(k), fb.get(k)) for k in [*fa, *(k for k in fb if k not in fa)] if fa.get(k) != fb.get(k)}
+
+
+def _as_float(v):
+    if isinstance(v, list):
+        return [_as_float(x) for x in v]
+    return float(v) if isinstance(v, int) and not isinstance(v, bool) else v
 
 
 def _flat(d, prefix=""):
@@ -269,6 +277,8 @@ def _one_line(error):
     kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text) or re.search(r"Expected an? (.*?)\. Got value", text)
     if not given or not kinds:
         return f"{key} {text}".strip()
+    if re.search(r"tuple|list", kinds[1], re.I) and re.fullmatch(r"'?[\d.]+(\s*,\s*[\d.]+)+'?", given[1]):
+        return f"{key} is {given[1]!r}; several numbers need brackets: --{key} [{given[1].strip(chr(39)).replace(' ', '')}]"
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kinds[1])
     return f"{key} is {given[1]!r}; expected {kind.replace('NoneType', 'null')}"
 

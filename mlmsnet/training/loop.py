@@ -425,6 +425,8 @@ def fit(
         found = broadcast(found)
         if found:
             trainer.load_state(found)
+        if trainer.progress and trainer.epoch < cfg.train.epochs:
+            print(_opening(trainer, facts))
         _train(trainer, folder, last, facts, on_epoch)
         return broadcast(load_run(folder.path) if is_main() else None)
 
@@ -534,6 +536,14 @@ def _facts(t: Trainer) -> dict:
     agree("their images", [part["fingerprint"] for part in data.values()])
     return {"environment": {**environment(t.device), "processes": t.world.size}, "data": data, "parameters": params, "classes": list(t.train_data.table.names),
             "input": _plain(t.model.backbone.input_spec()), "weights": t.model.backbone.loaded, "init": t.start}
+
+
+def _opening(t: Trainer, facts: dict) -> str:
+    "What begins here, in one line"
+    start = f"goes on at step {t.step} of {t.total_steps}" if t.step else f"{t.total_steps} steps"
+    weights = "ImageNet features" if facts["weights"] else "from scratch" if not t.start else "fine-tuned"
+    return (f"{t.cfg.model.name} on {t.model.settings['backbone']}, {weights}, {facts['parameters'] / 1e6:.2f} M parameters, {facts['environment']['device']}; "
+            f"{len(t.train_data)} images to learn from, {len(t.val_data)} to watch; {start}")
 
 
 def _cost(t: Trainer) -> dict:

@@ -91,13 +91,20 @@ class RunFolder:
             raise ConfigError(f"{self.path} is a file; --run needs the name of a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
+        try:
+            self._begin(overwrite)
+        except BaseException:
+            self._lock.close()  # a notebook keeps the traceback, and with it this object: the next call must find the folder free
+            raise
+
+    def _begin(self, overwrite):
         self._clear_leftovers()
         if overwrite:
             for p in [*self.path.glob("*.pt"), *self.path.glob("*.json*"), *self.path.glob("tb/events*")]:
                 p.unlink()
         elif (self.path / "config.yaml").exists():
             self._check_same_config()
-        save_config(cfg, self.path / "config.yaml")
+        save_config(self.cfg, self.path / "config.yaml")
 
     def _take_lock(self):
         import fcntl
@@ -117,7 +124,8 @@ class RunFolder:
         old = parse_config(self.path / "config.yaml")
         if config_hash(old) != config_hash(self.cfg):
             diff = ", ".join(f"{k}: {a} → {b}" for k, (a, b) in list(differences(old, self.cfg).items())[:4])
-            raise ConfigError(f"{self.path} holds a run with other settings ({diff}); choose another --run, or --overwrite to start anew")
+            raise ConfigError(f"{self.path} holds a run with other settings ({diff}); choose another --run, or --overwrite to start anew "
+                              "(in Python: another run_dir, or overwrite=True)")
 
     def write_history(self, history: list[dict]):
         "All epochs so far, one JSON line each"
