@@ -400,7 +400,13 @@ def data(args, settings):
     splits = [args.split] if args.split else [s for s in DATASETS[args.name].splits if s in ("train", "val") or (s == "test" and args.name == "camvid")]
     bad = 0
     for split in splits:
-        report = (verify if args.what == "verify" else stats)(create_dataset(args.name, root, split))
+        try:
+            report = (verify if args.what == "verify" else stats)(create_dataset(args.name, root, split))
+        except DataError as e:
+            if args.what == "stats" or not root.is_dir():
+                raise
+            report = f"{args.name} {split}: {e}"  # the other splits are looked at all the same
+            bad += 1
         print(report)
         bad += len(getattr(report, "problems", ()))
     if bad:
@@ -422,10 +428,11 @@ def _prepare(args, root):
     if not root.is_dir():
         print(how_to_get(args.name))
         raise DataError(f"{root}: no such folder; get the data as said above, or give --root")
-    if args.name == "camvid":
-        print(prepare_camvid(root))
-    else:
-        print(prepare_cityscapes(root, workers=args.workers, on_error=args.on_error))
+    report = prepare_camvid(root) if args.name == "camvid" else prepare_cityscapes(root, workers=args.workers, on_error=args.on_error)
+    print(report)
+    if report.problems and args.on_error == "stop":
+        raise DataError(f"{len(report.problems)} problems in {root}, listed above; mend them, or --on-error skip")
+    print(f"next: mlmsnet data verify {args.name} --root {root}   (reads every file once)")
 
 # %% ../nbs/cli.ipynb #763ef827
 def _add_doctor(sub):

@@ -211,3 +211,23 @@ def test_real_camvid_counts(shared):
     s = stats(CamVid(root, "val"))
     assert s.pixels.tolist() == [1601620, 4531180, 98499, 5053176, 1521751, 2851125, 155724, 537197, 304716, 113531, 387010]
     assert s.void == 297271
+
+
+def test_missing_and_damaged_camvid_files_are_told_by_the_command(tmp_path, capfd):
+    """A missing label ends `prepare` with an error (or is skipped when asked), and does not keep `verify` from the other splits."""
+    from mlmsnet.cli import main
+    root = tmp_path / "CamVid"
+    camvid_folders(root)
+    command = ["data", "prepare", "camvid", "--root", str(root)]
+    assert main(command) == 0 and "next: mlmsnet data verify camvid" in capfd.readouterr().out
+    (root / "trainannot" / "train_a.png").unlink()
+    damaged = root / "testannot" / "test_a.png"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    assert main(command) == 2
+    said = capfd.readouterr()
+    assert "train_a.png is missing" in said.out and "1 problems" in said.err and "--on-error skip" in said.err
+    assert main([*command, "--on-error", "skip"]) == 0
+    capfd.readouterr()
+    assert main(["data", "verify", "camvid", "--root", str(root)]) == 2
+    said = capfd.readouterr()
+    assert "train_a.png" in said.out and "test_a.png" in said.out and "2 problems" in said.err, said
