@@ -53,7 +53,7 @@ hooks: $(READY)
 	@$(BIN)/python tools/hooks.py
 
 bench: $(READY)
-	@for b in augmentation confusion sliding networks minicity losses; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done
+	@for b in augmentation confusion sliding networks minicity losses throughput; do echo "== $$b"; $(BIN)/python benchmarks/$$b.py --quick || exit 1; done
 
 clean:
 	rm -rf _proc _docs build *.egg-info .pytest_cache .ruff_cache

@@ -242,3 +242,20 @@ def test_average_is_that_of_the_formula():
         slow = {k: d * slow[k] + (1 - d) * v if v.is_floating_point() else v.clone() for k, v in model.state_dict().items()}
     for k, v in ema.model.state_dict().items():
         torch.testing.assert_close(v, slow[k])
+
+
+def test_the_benchmark_of_throughput_runs(tmp_path):
+    """Each step of the ladder is a row of the record, against the floor that was given; no figure of it is asserted."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "benchmarks/throughput.py", "--quick", "--steps", "2", "--peak", "0.05", "--json", str(tmp_path / "record.json")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [r["step"] for r in record["rows"]] == ["plain", "+ decoded in memory", "+ on the device", "+ channels_last", "+ bf16"]
+    for row in record["rows"]:
+        assert row["images/s"] > 0 and 0 <= row["waits"] < 1
+        assert row["of the floor"] == pytest.approx(row["images/s"] * 3 * record["macs"] / 0.05e12)
