@@ -251,8 +251,9 @@ def test_the_benchmark_of_throughput_runs(tmp_path):
     import sys
     from pathlib import Path
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "benchmarks/throughput.py", "--quick", "--steps", "2", "--peak", "0.05", "--json", str(tmp_path / "record.json")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, "benchmarks/throughput.py", "--quick", "--peak", "0.05", "--json", str(tmp_path / "record.json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     assert [r["step"] for r in record["rows"]] == ["plain", "+ decoded in memory", "+ on the device", "+ channels_last", "+ bf16"]
